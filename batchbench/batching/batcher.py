@@ -31,10 +31,7 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Batcher:
-    """Our scheduler under one policy, on one engine.
-
-    ``policy`` is used where it is given; otherwise ``name`` names the policy.
-    """
+    """Our scheduler on one engine, under ``policy`` or else the policy that ``name`` names."""
 
     name: str
     engine: Engine
@@ -85,11 +82,7 @@ class Serving:
         return self._recorder.steps
 
     def advance(self, most: int | None = None) -> Recording | None:
-        """Run the next plan; return the recording if there is nothing left to run.
-
-        Args:
-            most: most steps to run; None for as many as the plan has.
-        """
+        """Run the next plan, at most ``most`` steps of it; return the recording if none is left."""
         plan = self._scheduler.plan(self._clock.now())
         while isinstance(plan, Wait):
             self._wait(plan.until)
@@ -97,7 +90,7 @@ class Serving:
         if plan is None:
             return self._collect()
         launched = self._engine.run(self._shortened(plan, most))
-        finished = self._look_back()
+        finished = self._looked_back()
         self._recorder.launched(plan, launched, self._scheduler.num_waiting)
         finished += self._applied(plan, launched)
         all_done = self._progress.done + len(finished) == len(self._workload)
@@ -110,7 +103,7 @@ class Serving:
         self._watch.progressed(self._progress)
         return None
 
-    def _look_back(self) -> list[tuple[int, Request]]:
+    def _looked_back(self) -> list[tuple[int, Request]]:
         """Finish the requests whose text ended in the pass before the one just launched.
 
         A GPU would wait for the host that looks at its tokens. So the host launches the next pass
@@ -118,10 +111,8 @@ class Serving:
         """
         if self._unseen is None:
             return []
-        finished = self._scheduler.stop(self._engine.stopped(self._unseen, late=True))
-        for _, request in finished:
-            self._recorder.finished(request)
-        return finished
+        stopped = self._engine.stopped(self._unseen, late=True)
+        return self._logged(self._scheduler.stop(stopped))
 
     def _applied(self, plan: Plan, launched: int) -> list[tuple[int, Request]]:
         """Apply a plan; return (slot, request) for each request that it is known to finish."""
@@ -134,7 +125,9 @@ class Serving:
                 self._unseen = plan
             else:
                 stopped = self._engine.stopped(plan)
-        finished = self._scheduler.apply(plan, launched, stopped)
+        return self._logged(self._scheduler.apply(plan, launched, stopped))
+
+    def _logged(self, finished: list[tuple[int, Request]]) -> list[tuple[int, Request]]:
         for _, request in finished:
             self._recorder.finished(request)
         return finished
@@ -157,18 +150,15 @@ class Serving:
         return plan if repeat == plan.repeat else replace(plan, repeat=repeat)
 
     def _collect(self) -> Recording:
-        steps, workload = self._engine.collect(), self._workload
-        header = Header(
-            strategy=self._batcher.name,
-            trial=self._progress.trial,
-            slots=self._batcher.slots,
-            simulated=self._engine.simulated,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={
-                **self._batcher.about,
-                "pads_prompts": self._engine.pads_prompts,
-                "wall_ns": self._progress.now_ns,
-                "computed_passes": steps.computed,
-            },
+        steps, batcher = self._engine.collect(), self._batcher
+        about = {
+            **batcher.about,
+            "pads_prompts": self._engine.pads_prompts,
+            "wall_ns": self._progress.now_ns,
+            "computed_passes": steps.computed,
+        }
+        trial, simulated = self._progress.trial, self._engine.simulated
+        header = Header.of(
+            batcher.name, trial, batcher.slots, self._workload, about, simulated=simulated
         )
         return self._recorder.recording(header, steps)

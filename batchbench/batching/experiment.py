@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,18 +28,13 @@ from batchbench.settings import parse_whole, setting
 from batchbench.workloads.lengths import parse_lengths
 from batchbench.workloads.spec import WorkloadSpec
 
-ENGINES = ("slots", "notebook")
-
-TOKEN_BUDGET = 2048
-
 EXECUTIONS = ("auto", "eager", "graph", "compile")
-
 PREFILLS = ("auto", "separate", "mixed")
 
 
 def budget_of(slots: int) -> int:
     """Return the default token budget of a mixed pass."""
-    return max(TOKEN_BUDGET, 2 * slots)
+    return max(2048, 2 * slots)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class ServingSpec:
         "Engine that runs the model. slots: one preallocated KV cache; notebook: left padding, KV "
         "cache rebuilt whenever the batch changes.",
         "Serving",
-        choices=ENGINES,
+        choices=("slots", "notebook"),
     )
     prefill: str = setting(
         "auto",
@@ -93,7 +89,7 @@ class ServingSpec:
         "Serving",
         min=2,
         max=10**9,
-        default_text=f"{TOKEN_BUDGET}, or twice the batch size if that is more",
+        default_text="2048, or twice the batch size if that is more",
     )
     execution: str = setting(
         "auto",
@@ -114,20 +110,13 @@ class ServingSpec:
         for name in self.plug_ins:
             find(name)
         if self.max_wait and not any(name in WAITING for name in self.strategies):
-            raise UsageError(
-                f"--max-wait {self.max_wait:g}: none of --strategy {shown(self.strategy)} waits "
-                f"for a batch to fill; add one of {', '.join(WAITING)}"
-            )
-        if self.prefill == "mixed" and self.engine == "notebook":
-            raise UsageError(
-                "--prefill mixed: the notebook engine computes prompts in separate passes; "
-                "give --prefill separate or --engine slots"
-            )
-        if self.execution in ("graph", "compile") and self.engine == "notebook":
-            raise UsageError(
-                f"--execution {self.execution}: the notebook engine changes tensor shapes at each "
-                "step, so it can only run eagerly; give --execution auto or --engine slots"
-            )
+            names = f"none of --strategy {shown(self.strategy)} waits for a batch to fill"
+            raise UsageError(f"--max-wait {self.max_wait:g}: {names}; add {' or '.join(WAITING)}")
+        for name, able in (("prefill", "separate"), ("execution", "eager")):
+            value = getattr(self, name)
+            if self.engine == "notebook" and value not in ("auto", able):
+                why = f"the notebook engine is only {able}; give --{name} auto or --engine slots"
+                raise UsageError(f"--{name} {value}: {why}")
         if self.mixes_prefill and self.token_budget <= self.batch_size:
             raise UsageError(
                 f"--max-batched-tokens {self.token_budget}: must be above the batch size "
@@ -142,7 +131,6 @@ class ServingSpec:
 
     @property
     def token_budget(self) -> int:
-        """Maximum number of tokens in one pass with mixed prefill."""
         return self.max_batched_tokens or budget_of(self.batch_size)
 
     @property
@@ -194,11 +182,11 @@ class TrialsSpec:
     @property
     def verify_limit(self) -> int | None:
         """Number of requests to check; None for all."""
-        if self.verify in ("all", "none"):
-            return None if self.verify == "all" else 0
+        words: dict[str, int | None] = {"all": None, "none": 0}
+        if self.verify in words:
+            return words[self.verify]
         place, must = f"--verify {shown(self.verify)}", "must be all, none or a number of requests"
-        limit = parse_whole(self.verify, place, must)
-        if limit < 0:
+        if (limit := parse_whole(self.verify, place, must)) < 0:
             raise UsageError(f"{place}: {must}")
         return limit
 
@@ -228,10 +216,8 @@ class Experiment:
             else:
                 _check_served(self, self.target)
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
-            raise UsageError(
-                "--strategy static-oracle: sorts by output length, which is not known with "
-                "--stop-at-eos; remove one of them"
-            )
+            why = "sorts by output length, unknown with --stop-at-eos; remove one of them"
+            raise UsageError(f"--strategy static-oracle: {why}")
         if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
             raise UsageError(GENERATE_BATCH_SAMPLES)
         check_preset(self.preset)
@@ -248,9 +234,7 @@ class Experiment:
 
         A layer maps names of fields, of any spec, to values:
         ``Experiment.of({"batch_size": 32}, preset="chat")``.
-
-        Raises:
-            UsageError: there is no such preset or setting, or settings contradict each other.
+        Raises UsageError for an unknown preset or setting, or settings that contradict each other.
         """
         check_preset(preset)
         defaults = {"trials": 1} if simulated else {}
@@ -288,9 +272,7 @@ class Experiment:
     def from_config(cls, config: Mapping[str, Any], *, simulated: bool = False) -> Experiment:
         """Return the experiment whose :meth:`config` is given; missing settings are defaults.
 
-        Raises:
-            UsageError: a setting is unknown to this version, or not possible here, such as a file
-                that no longer exists.
+        Raises UsageError for a setting that this version does not know, or a file that is gone.
         """
         parts: dict[str, Any] = {
             name: settings.from_json(spec, config[name])
@@ -308,8 +290,10 @@ class Experiment:
         """
         for preset in dict.fromkeys((self.preset, NOTEBOOK)):
             options = self._options(preset)
-            if self._equals(options, preset):
-                break
+            with suppress(UsageError):  # the rest of the preset contradicts it, or a file is gone
+                again = Experiment.of(options, preset=preset, simulated=self.simulated)
+                if replace(again, preset=self.preset, cost=self.cost) == self:
+                    break
         words = ["batchbench", *(name or ("simulate" if self.simulated else "run")).split()]
         words += ["--cost", self.cost.source] if self.cost else []
         words += ["--preset", preset] * (preset != NOTEBOOK)
@@ -317,14 +301,6 @@ class Experiment:
             option = settings.option_name(name)
             words += [option] if value is True else [option, str(value)]
         return shlex.join(words)
-
-    def _equals(self, options: Mapping[str, Any], preset: str) -> bool:
-        """Return True if these options over the preset give this experiment."""
-        try:
-            again = Experiment.of(options, preset=preset, simulated=self.simulated)
-        except UsageError:  # the rest of the preset contradicts it, or a file no longer exists
-            return False
-        return replace(again, preset=self.preset, cost=self.cost) == self
 
     def _options(self, preset: str) -> dict[str, Any]:
         """Return the settings beyond a preset; beyond the default preset always with the sizes."""
@@ -358,8 +334,7 @@ def make_experiment(
 ) -> Experiment:
     """Return the experiment of these options; the preset, the file or defaults give all others.
 
-    Raises:
-        UsageError: the options exclude each other, or a value is wrong.
+    Raises UsageError if the options exclude each other, or a value is wrong.
     """
     basis: Basis = settings.make_spec(Basis, chosen)
     names = {field.name for field in fields(Basis)}
@@ -373,39 +348,27 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
     if experiment.simulated:
         raise UsageError("--target: a simulation has no server; use batchbench run, or drop it")
     for part in (experiment.serving, experiment.model):
-        refuse_own(
-            {
-                "target": target.target,
-                **{f.name: None for f in fields(part) if getattr(part, f.name) != f.default},
-            }
+        changed = [f.name for f in fields(part) if getattr(part, f.name) != f.default]
+        refuse_own({"target": target.target, **dict.fromkeys(changed)})
+    strategies, clients = experiment.serving.strategies, f"--clients {target.clients}"
+    if others := [name for name in strategies if name not in ("static", "continuous")]:
+        raise UsageError(
+            f"--strategy {shown(others[0])}: a server schedules by itself, so --target has static "
+            "(in waves) and continuous; drop it"
         )
-    for name in experiment.serving.strategies:
-        if name not in ("static", "continuous"):
-            raise UsageError(
-                f"--strategy {shown(name)}: a server schedules by itself, so --target has static "
-                "(in waves) and continuous; drop it"
-            )
-        if target.clients > 1 and name != "continuous":
-            raise UsageError(
-                f"--clients {target.clients}: only one client knows when a wave has ended; add "
-                "--strategy continuous"
-            )
+    if target.clients > 1 and "static" in strategies:
+        why = "only one client knows when a wave has ended; add --strategy continuous"
+        raise UsageError(f"{clients}: {why}")
     if target.clients > 1 and experiment.workload.max_concurrency is not None:
-        raise UsageError(
-            f"--clients {target.clients}: no client knows how many requests of the others are in "
-            "flight; drop --max-concurrency"
-        )
+        why = "no client knows the requests in flight of the others; drop --max-concurrency"
+        raise UsageError(f"{clients}: {why}")
     if experiment.workload.chat_template and target.endpoint == CHAT:
-        raise UsageError(
-            f"--chat-template: the server applies its own at {CHAT}; drop it, or give --endpoint "
-            f"{COMPLETIONS}"
-        )
+        why = f"the server applies its own at {CHAT}; drop it, or give --endpoint {COMPLETIONS}"
+        raise UsageError(f"--chat-template: {why}")
     verify = experiment.trials.verify
     if verify not in ("all", "none") and target.verify_model is None:
-        raise UsageError(
-            f"--verify {shown(verify)}: --target checks outputs only with --verify-model FOLDER, "
-            "the model that the server runs; add it, or drop --verify"
-        )
+        why = "--target checks outputs only with --verify-model FOLDER; add it, or drop --verify"
+        raise UsageError(f"--verify {shown(verify)}: {why}")
 
 
 def pinned(experiment: Experiment, model: Mapping[str, Any]) -> Experiment:
@@ -423,29 +386,20 @@ def named_files(experiment: Experiment) -> dict[str, Any]:
     """Return digests of the files that settings name, by field name, and of a model's files."""
     files: dict[str, Any] = {}
     for _, spec in experiment._parts():
-        for own in fields(spec):
-            value = getattr(spec, own.name)
-            file = value if isinstance(value, Path) else _file_of_lengths(own.name, value)
-            if file is not None and file.is_file():
-                files[own.name] = digest_of_file(file)
+        for name, value in vars(spec).items():
+            if name in ("prompt_tokens", "output_tokens") and value is not None:
+                # Lengths such as empirical:FILE name a file.
+                value = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
+                value = None if value is None else Path(value)
+            if isinstance(value, Path) and value.is_file():
+                files[name] = digest_of_file(value)
     place = Path(experiment.model.model)
-    if place.is_dir() or place.is_file():
-        files["model"] = [
-            (file.name, (status := file.stat()).st_size, status.st_mtime_ns)
-            for file in (sorted(place.iterdir()) if place.is_dir() else [place])
-            if file.is_file()
-        ]
+    own = sorted(place.iterdir()) if place.is_dir() else [place]
+    if statuses := [(file.name, file.stat()) for file in own if file.is_file()]:
+        files["model"] = [(name, s.st_size, s.st_mtime_ns) for name, s in statuses]
     return files
 
 
 def digest_of_file(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _file_of_lengths(name: str, value: Any) -> Path | None:
-    """Return the file that lengths such as ``empirical:FILE`` name."""
-    if name not in ("prompt_tokens", "output_tokens") or value is None:
-        return None
-    file = getattr(parse_lengths(value, settings.option_name(name)), "file", None)
-    return None if file is None else Path(file)

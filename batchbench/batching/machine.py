@@ -44,10 +44,7 @@ def _read(file: Path) -> str:
 
 
 def usable_cores(cpus: Path = CPUS, cgroup: Path = CGROUP) -> int:
-    """Return the number of physical cores that this process may use, at least 1.
-
-    A container's quota of time is a limit too.
-    """
+    """Return the number of physical cores that this process and its container may use."""
     cores = set()
     for cpu in allowed_cpus():
         names = ("physical_package_id", "core_id")
@@ -190,10 +187,7 @@ class Processor:
 
     @property
     def multiplies_bfloat16(self) -> bool:
-        """True if it multiplies bfloat16 faster than float32.
-
-        Intel's processors without AMX do not.
-        """
+        """True if it multiplies bfloat16 faster than float32; Intel's without AMX do not."""
         return "avx512_bf16" in self.features and self.maker == "AuthenticAMD"
 
     @property
@@ -383,10 +377,9 @@ _Answer = TypeVar("_Answer")
 
 
 def _ask_nvml(uuid: str, question: Callable[[Any, Any], _Answer]) -> _Answer | None:
-    """Return the answer of NVML about the GPU with torch's id.
+    """Return NVML's answer about the GPU with torch's id; None if there is none.
 
-    None without nvidia-ml-py, a driver or an answer. NVML's indices are no help: torch counts only
-    the devices of ``CUDA_VISIBLE_DEVICES``.
+    NVML's indices are no help: torch counts only the devices of ``CUDA_VISIBLE_DEVICES``.
     """
     try:
         import pynvml
@@ -510,8 +503,9 @@ class EnergyMeter:
                 self._joules += joules
             self._last = now
 
-    def about(self) -> Mapping[str, Any]:
-        """Return the joules and their counters for a recording's header, or None for both."""
-        joules = self._joules or None  # a counter that did not move is too coarse for the time
-        names = [counter.name for counter in self._counters] if joules else None
-        return {"energy_joules": joules, "energy_counters": names}
+    def about(self, servings: int = 1) -> Mapping[str, Any]:
+        """Return the joules of a serving and their counters for a header, or None for both."""
+        if not self._joules:  # a counter that did not move is too coarse for the time
+            return {"energy_joules": None, "energy_counters": None}
+        names = [counter.name for counter in self._counters]
+        return {"energy_joules": self._joules / servings, "energy_counters": names}

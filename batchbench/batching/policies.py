@@ -42,11 +42,7 @@ class View(Protocol):
 
     @property
     def oldest(self) -> Request:
-        """The request of ``waiting`` that has waited longest.
-
-        Raises:
-            IndexError: no request waits.
-        """
+        """The request of ``waiting`` that has waited longest; raises IndexError if none waits."""
 
     @property
     def free(self) -> int:
@@ -68,8 +64,7 @@ class View(Protocol):
 class Policy(Protocol):
     """The two decisions.
 
-    A policy may have an attribute ``order``, a key of :data:`ORDERS`,
-    which then replaces ``--order``.
+    A policy may have an attribute ``order``, a key of :data:`ORDERS`; it replaces ``--order``.
     """
 
     def admit(self, view: View) -> tuple[Sequence[Request], int | None]:
@@ -111,10 +106,7 @@ class Static:
 
 
 class _Sorted(Static):
-    """Cuts the sorted queue into batches and serves the one with the oldest request.
-
-    The requests of a batch are thus similar, and no request waits forever.
-    """
+    """Serves batches of similar requests: that part of the sorted queue which has the oldest."""
 
     def _batch(self, view: View) -> Sequence[Request]:
         begin = view.waiting.index(view.oldest) // view.free * view.free
@@ -161,22 +153,9 @@ WAITING = ("static", "static-bucketed", "static-oracle")
 
 
 def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
-    """Return a policy by its name, or by ``package.module:Class`` for one of yours.
-
-    Raises:
-        UsageError: there is no such policy, or it cannot be imported or made.
-    """
-    if ":" in name:
-        return _make_own(name)
-    if name not in POLICIES:
-        raise UsageError(
-            f"--strategy {shown(name)}: must be one of {', '.join(POLICIES)}, generate_batch, "
-            "or a class of yours as package.module:Class"
-        )
-    return POLICIES[name](max_wait_ns)
-
-
-def _make_own(name: str) -> Policy:
+    """Return the policy of a name in POLICIES, or of ``package.module:Class``, if there is one."""
+    if ":" not in name:
+        return POLICIES[name](max_wait_ns)
     place = f"--strategy {shown(name)}"
     parts = re.split(r"[.:]", name)
     if name.count(":") != 1 or not all(map(str.isidentifier, parts)):
@@ -205,9 +184,8 @@ def own_order(policy: Policy, place: str) -> str | None:
     """Return the policy's own order of the queue, if any; ``place`` begins an error's message."""
     order: str | None = getattr(policy, "order", None)
     if order is not None and order not in ORDERS:
-        raise UsageError(
-            f"{place}: its order is '{shown(order)}'; it must be one of {', '.join(ORDERS)}"
-        )
+        must = f"must be one of {', '.join(ORDERS)}"
+        raise UsageError(f"{place}: its order is '{shown(order)}'; it {must}")
     return order
 
 

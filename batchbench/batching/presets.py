@@ -13,8 +13,7 @@ from batchbench.files import check_there
 from batchbench.settings import setting
 from batchbench.workloads.spec import read_workload_file
 
-NOTEBOOK = "notebook"
-"""The default preset."""
+NOTEBOOK = "notebook"  # the default preset
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,7 @@ class Basis:
             check_there(self.workload, f"--workload {self.workload}")
 
     def layers(self) -> list[Mapping[str, Any]]:
-        """Return the preset's settings, then those of the file.
-
-        Raises:
-            UsageError: the file cannot be read, or is wrong.
-        """
+        """Return the preset's settings, then those of the file, if that can be read."""
         file = {} if self.workload is None else read_workload_file(self.workload)
         return [PRESETS[self.preset].settings, file]
 

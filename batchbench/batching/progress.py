@@ -64,14 +64,9 @@ class Watch:
 
 
 class Limited(Watch):
-    """Pass every report on, and raise OutOfTimeError when the time is up.
+    """Pass every report on to ``watch``; raise OutOfTimeError when ``clock`` is at ``until``.
 
-    Args:
-        watch: receives the reports.
-        until: end of the time, in seconds of ``clock``.
-        clock: the clock of that time.
-        real: True if waits take time on that clock; one that would end too late then raises at
-            once.
+    If waits take ``real`` time on that clock, one that would end too late raises at once.
     """
 
     def __init__(

@@ -62,6 +62,20 @@ class Header:
     about: Mapping[str, Any] = field(default_factory=dict)
     """Engine, model and device as resolved, and observations: wall time, energy, load, …"""
 
+    @classmethod
+    def of(
+        cls,
+        strategy: str,
+        trial: int,
+        slots: int,
+        workload: Workload,
+        about: Mapping[str, Any],
+        *,
+        simulated: bool = False,
+    ) -> Header:
+        named = {"name": workload.name, "seed": workload.seed, "digest": workload.digest}
+        return cls(strategy, trial, slots, simulated, named, about)
+
 
 @dataclass(frozen=True, eq=False)
 class RequestLog:
@@ -220,10 +234,7 @@ class Recording:
         return np.searchsorted(self.first_steps, steps, side="right") - 1
 
     def step_at(self, times: Ints) -> Ints:
-        """Return the number of steps that are over at each of these times (ns).
-
-        This is also the number of the step that is running or comes next.
-        """
+        """Return the number of steps over at each of these times (ns): that of the next step."""
         if self.ends_ns is not None:
             return np.searchsorted(self.ends_ns, times, side="right").astype(np.int64)
         span = np.searchsorted(self.span_ends_ns, times, side="right")
@@ -236,10 +247,7 @@ class Recording:
         return self.first_steps[span] + low
 
     def free_from(self, times: Ints) -> Ints:
-        """Return the time at which the engine is next free, for each of these times (ns).
-
-        It is the end of the step that is running then, or the time itself if none is.
-        """
+        """Return the end of the step running at each of these times (ns), or else the time."""
         step = np.minimum(self.step_at(times), self.num_steps - 1)
         ends = self.ends_of(step)
         return np.where((self.starts_of(step) < times) & (times < ends), ends, times)
@@ -247,9 +255,8 @@ class Recording:
     def step_times(self, spans: Ints | None = None, skip: int = 0) -> Iterator[StepTimes]:
         """Yield the durations of steps in blocks, so that memory stays bounded.
 
-        Args:
-            spans: numbers of the spans to read, ascending; None for all.
-            skip: number of steps to leave out at the beginning of each span.
+        ``spans`` are the numbers of the spans to read, ascending, or None for all; ``skip`` steps
+        are left out at the beginning of each.
         """
         chosen = np.arange(len(self.spans.steps)) if spans is None else spans
         chosen = chosen[self.spans.steps[chosen] > skip]
@@ -327,10 +334,6 @@ class Recording:
         if self.tokens is None:
             raise ValueError("no model ran: the recording holds no tokens")
         return self.tokens[self.token_offsets[request] : self.token_offsets[request + 1]]
-
-    def request_of(self, tokens: Ints) -> Ints:
-        """Return the request to which each of these tokens, by index in ``tokens``, belongs."""
-        return np.searchsorted(self.token_offsets, tokens, side="right") - 1
 
     @classmethod
     def of_tokens(

@@ -115,8 +115,7 @@ def _columns_of(recording: Recording) -> dict[str, NDArray[Any]]:
 def load_recording(file: Path) -> Recording:
     """Read a recording that :func:`save_recording` wrote.
 
-    Raises:
-        UsageError: the file is missing, damaged, of another format, or breaks a law of the log.
+    Raises UsageError if it is missing, damaged, of another format, or breaks a law of the log.
     """
     try:
         if file.exists() and not file.is_file():
@@ -153,9 +152,7 @@ def _read_members(file: Path) -> dict[str, NDArray[Any]]:
 def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
     """Refuse impossible names and sizes."""
     if len(members) > MOST_MEMBERS:
-        raise NotWholeError(
-            f"it has {len(members)} members; a recording has at most {MOST_MEMBERS}"
-        )
+        raise NotWholeError(f"it has {len(members)} members, more than a recording can")
     names = [member.filename for member in members]
     for name in names:
         if name.removesuffix(".npy") not in _MEMBERS or names.count(name) > 1:
@@ -169,9 +166,7 @@ def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
         raise NotWholeError("its members are larger than the file")
     inflated = sum(member.file_size for member in members)
     if inflated > SURE_BYTES + MOST_RATIO * file_bytes:
-        raise NotWholeError(
-            f"it would inflate from {file_bytes:,} to {inflated:,} bytes, more than a recording can"
-        )
+        raise NotWholeError(f"it would inflate from {file_bytes:,} to {inflated:,} bytes")
 
 
 def _read_column(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

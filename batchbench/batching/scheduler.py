@@ -32,11 +32,7 @@ class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
 
     @property
     def oldest(self) -> Request:
-        """The request that has waited longest.
-
-        Raises:
-            IndexError: no request waits.
-        """
+        """The request that has waited longest; raises IndexError if none waits."""
         while self._arrived[0] not in self:
             self._arrived.popleft()
         return self._arrived[0]
@@ -47,11 +43,7 @@ class WaitingQueue(SortedKeyList):  # type: ignore[misc]  # it has no types
         self._arrived.extend(requests)
 
     def take(self, chosen: list[Request]) -> None:
-        """Remove the chosen requests.
-
-        Raises:
-            UsageError: a request is not waiting, or is chosen twice.
-        """
+        """Remove the chosen requests; raise UsageError for one not waiting, or chosen twice."""
         start = self.bisect_key_left(self.key(chosen[0]))
         stop = start + len(chosen)
         if self[start:stop] == chosen:  # policies mostly take neighbours
@@ -83,7 +75,8 @@ class Scheduler:
             the policy has its own.
         prefill: ``separate`` computes the prompts of new requests in a pass of their own, in which
             running requests stall; ``mixed`` computes them together with the running requests.
-        max_batched_tokens: most tokens that one mixed pass computes; running requests come first.
+        max_batched_tokens: most tokens that one mixed pass computes, above ``slots``; running
+            requests come first.
         lengths_known: True if each request ends exactly at its requested length. If not, each
             pass is planned alone.
     """
@@ -99,11 +92,6 @@ class Scheduler:
         max_batched_tokens: int = 2048,
         lengths_known: bool = True,
     ) -> None:
-        if prefill == "mixed" and max_batched_tokens <= slots:
-            raise UsageError(
-                f"--max-batched-tokens {max_batched_tokens}: must be above the batch size "
-                f"({slots}), or no prompt could ever join a full batch; raise it"
-            )
         self.now = 0
         self._name = f"the policy {type(policy).__name__}"
         self.waiting = WaitingQueue(own_order(policy, self._name) or order)
@@ -264,17 +252,18 @@ class Scheduler:
                 raise UsageError("a policy admitted something that is not a request")
             self.waiting.take(chosen)
             for request in chosen:
-                self._seat(request)
+                slot = heapq.heappop(self._free)
+                self._occupant[slot] = request
+                self._admitted.append((request, slot))
+                self._newcomers.append(_Newcomer(request, slot))
         if not isinstance(ask_again, int | np.integer | None):
             raise UsageError(f"admit returned {shown(ask_again)} as the next time: give ns")
         if ask_again is not None and ask_again <= self.now:
             raise UsageError("admit returned a next time that has passed")
         self._asks = 0 if chosen or self._running or ask_again is None else self._asks + 1
         if self._asks > MOST_ASKS:
-            raise UsageError(
-                f"{self._name} admitted no request {MOST_ASKS:,} times in a row although nothing "
-                "runs: it would wait forever"
-            )
+            times = f"admitted no request {MOST_ASKS:,} times in a row although nothing runs"
+            raise UsageError(f"{self._name} {times}: it would wait forever")
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:
@@ -292,12 +281,6 @@ class Scheduler:
             if not budget:
                 break
         return tuple(chunks)
-
-    def _seat(self, request: Request) -> None:
-        slot = heapq.heappop(self._free)
-        self._occupant[slot] = request
-        self._admitted.append((request, slot))
-        self._newcomers.append(_Newcomer(request, slot))
 
     def _start(self, chunk: Chunk) -> None:
         """Let the slot decode, now that its prompt is computed and its first token is known."""
@@ -327,8 +310,6 @@ class Scheduler:
             return Wait(until)
         if self.waiting:
             fault = "admits no request" if self.free else "releases no slot"
-            raise UsageError(
-                f"{self._name} {fault} although nothing runs and no "
-                "more requests will come: it would wait forever"
-            )
+            why = "nothing runs and no more requests will come: it would wait forever"
+            raise UsageError(f"{self._name} {fault} although {why}")
         return None

@@ -72,16 +72,11 @@ def conduct(
 
     After Ctrl-C or ``--max-time``, the outcome has the rounds that are finished. Experiments that
     share ``models`` load a model once. ``start`` starts the clients of a server on other machines.
-
-    Raises:
-        UsageError: the experiment cannot be run here.
-        KeyboardInterrupt: before the first round was finished.
+    Raises UsageError if it cannot run here, and KeyboardInterrupt before one round is finished.
     """
     if experiment.simulated and experiment.serving.plug_ins:
-        raise UsageError(
-            f"--strategy {experiment.serving.plug_ins[0]}: it schedules by itself, so its steps "
-            "are known only in batchbench run; remove it"
-        )
+        why = "it schedules by itself, so its steps are known only in batchbench run; remove it"
+        raise UsageError(f"--strategy {experiment.serving.plug_ins[0]}: {why}")
     return run_on(open_bench(experiment, watch or Watch(), models, start=start))
 
 
@@ -94,13 +89,8 @@ def open_bench(
 ) -> Bench:
     """Return the bench of an experiment: this machine, or the server that it names.
 
-    Args:
-        max_len: length in tokens of the longest request of any workload that the bench will
-            serve, if that is more than the experiment's own.
-        start: starts the clients of a server on other machines.
-
-    Raises:
-        UsageError: the experiment cannot run.
+    ``max_len`` is the length in tokens of the longest request of any workload that the bench will
+    serve, if that is more than the experiment's own. Raises UsageError if it cannot run.
     """
     if experiment.target is not None:
         from batchbench.batching.remote.bench import RemoteBench
@@ -167,10 +157,8 @@ def _finished_rounds(bench: Bench) -> tuple[list[list[Recording]], Stop | None]:
     except OutOfTimeError as late:
         assert limit is not None
         if not rounds:
-            raise UsageError(
-                f"--max-time {limit:g}: the first pair of trials took longer; raise it, "
-                "or lower --queue-size"
-            ) from late
+            why = "the first pair of trials took longer; raise it, or lower --queue-size"
+            raise UsageError(f"--max-time {limit:g}: {why}") from late
         return rounds, _out_of_time(rounds, limit)
     except KeyboardInterrupt:
         if not rounds:

@@ -9,7 +9,7 @@ On a GPU that is too fast for a small model, the time to launch the products is.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -132,10 +132,7 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class KnownCost:
-    """A cost that was fitted on a run, and the range of that run's steps.
-
-    Beyond the range the cost is an extrapolation.
-    """
+    """A cost fitted on a run, and the range of its steps, beyond which it is an extrapolation."""
 
     source: str  # the result's folder, as typed
     cost: StepCost
@@ -177,9 +174,8 @@ class Bandwidth:
     @property
     def beyond_cache(self) -> bool | None:
         """True if the buffer was large enough; None if the size of the cache is not known."""
-        if self.cache_bytes is None:
-            return None
-        return self.buffer_bytes >= TIMES_THE_CACHE * self.cache_bytes
+        cache = self.cache_bytes
+        return None if cache is None else self.buffer_bytes >= TIMES_THE_CACHE * cache
 
 
 @dataclass(frozen=True)
@@ -225,12 +221,9 @@ class Ceiling:
             return "memory"
         if self.arithmetic_s is None or self.launching_s is None:
             return "arithmetic"
-        causes = {
-            "memory": self.floor_s,
-            "arithmetic": self.arithmetic_s,
-            "launching": self.launching_s,
-        }
-        return max(causes, key=lambda cause: causes[cause])
+        memory, arithmetic, launching = self.floor_s, self.arithmetic_s, self.launching_s
+        slowest = max((memory, "memory"), (arithmetic, "arithmetic"), (launching, "launching"))
+        return slowest[1]
 
     @property
     def tokens_per_s(self) -> float:
@@ -241,15 +234,9 @@ class Ceiling:
 def middle(ceilings: Sequence[Ceiling]) -> Ceiling:
     """Return the median of one step's limit measured several times, since a machine drifts."""
     speed = statistics.median(c.bandwidth.bytes_per_s for c in ceilings)
-    return replace(
-        ceilings[0],
-        bandwidth=replace(ceilings[0].bandwidth, bytes_per_s=speed),
-        products_s=statistics.median(c.products_s for c in ceilings),
-        arithmetic_s=_median(c.arithmetic_s for c in ceilings),
-        launching_s=_median(c.launching_s for c in ceilings),
-    )
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.median(known) if known else None
+    times: dict[str, Any] = {}
+    for name in ("products_s", "arithmetic_s", "launching_s"):
+        known = [time for c in ceilings if (time := getattr(c, name)) is not None]
+        times[name] = statistics.median(known) if known else None
+    bandwidth = replace(ceilings[0].bandwidth, bytes_per_s=speed)
+    return replace(ceilings[0], bandwidth=bandwidth, **times)

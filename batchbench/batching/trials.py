@@ -13,9 +13,8 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,24 +57,30 @@ class WarmUp:
 
 
 def warm_up(batcher: Batcher, others: Iterable[Strategy], workload: Workload, most: int) -> WarmUp:
-    """Serve the beginning of a workload, at most ``most`` times, until the median step settles.
-
-    ``others`` serve it once before.
-    """
+    """Serve the beginning of a workload until the median step settles; ``others`` once before."""
     began = time.monotonic()
     piece = beginning(workload, batcher.slots, output_tokens=12)
     for strategy in others:
         strategy.serve(piece, Watch())
-    medians: list[float] = []
-    change, settled = None, False
-    while len(medians) < most and not settled:
+
+    def median_step() -> float:
         recording = batcher.serve(piece, Watch())
         durations = recording.step_ends_ns - recording.step_starts_ns
-        medians.append(float(np.median(durations[1:] if len(durations) > 1 else durations)))
-        if len(medians) > 1:
-            change = medians[-1] / medians[-2] - 1
+        return float(np.median(durations[1:] if len(durations) > 1 else durations))
+
+    return settle(median_step, most, began)
+
+
+def settle(measure: Callable[[], float], most: int, began: float) -> WarmUp:
+    """Measure a duration in ns at most ``most`` times, until it changes by less than SETTLED."""
+    found: list[float] = []
+    change, settled = None, False
+    while len(found) < most and not settled:
+        found.append(measure())
+        if len(found) > 1:
+            change = found[-1] / found[-2] - 1
             settled = abs(change) < SETTLED
-    return WarmUp(len(medians), settled, change, round(medians[-1]), time.monotonic() - began)
+    return WarmUp(len(found), settled, change, round(found[-1]), time.monotonic() - began)
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:
@@ -148,7 +153,10 @@ def warm_up_whole(
     strategy must serve the workload to fill ``trial_s``.
     """
     began, servings = time.monotonic(), dict[str, int]()
-    piece = _affordable(workload, least_steps_s)
+    share, piece = WHOLE_S / max(least_steps_s, 1e-9), workload
+    if share < 1 or int(workload.due_ns.max()) > WHOLE_S * 1e9:
+        count = max(1, int(len(workload) * min(share, 1.0)))
+        piece = beginning(workload, count, int(workload.output_tokens.max()))
     for strategy in strategies:
         recording = strategy.serve(piece, Watch())
         if piece is workload and recording.duration_ns < 2e9 * trial_s:
@@ -168,25 +176,15 @@ def servings_note(servings: Mapping[str, int]) -> str | None:
     return f"a trial serves the workload {counts}: the serving of median duration counts"
 
 
-def _affordable(workload: Workload, expected_s: float) -> Workload:
-    """Return the workload, or its first requests if it takes longer than :data:`WHOLE_S`."""
-    share = WHOLE_S / max(expected_s, 1e-9)
-    if share >= 1 and int(workload.due_ns.max()) <= WHOLE_S * 1e9:
-        return workload
-    count = max(1, int(len(workload) * min(share, 1.0)))
-    return beginning(workload, count, int(workload.output_tokens.max()))
-
-
 def servings_for(duration_s: float, trial_s: float) -> int:
     """Return the number of servings that fill a trial: odd, so that one has the median duration."""
     return min(math.ceil(trial_s / max(duration_s, 1e-9)), MOST_SERVINGS) | 1
 
 
 def least_trial_s(energy: Sequence[Counter], pairs_s: float | None, count: int) -> float:
-    """Return the shortest duration of a trial on a GPU.
+    """Return the shortest duration of a trial on a GPU, which is a second or so.
 
-    It is longer if an energy counter needs more, and shorter if ``count`` trials would not fit in
-    ``pairs_s``.
+    Energy counters may need more; ``count`` trials must fit in ``pairs_s``.
     """
     wanted = max(TRIAL_S, 1.1 * longest_resolution_s(energy))
     return wanted if pairs_s is None else min(wanted, pairs_s / count)
@@ -217,7 +215,7 @@ def observe(
     energy: Sequence[Counter] = (),
     *,
     simulated: bool = False,
-    about: Mapping[str, Any] = MappingProxyType({}),
+    about: Mapping[str, Any] | None = None,
     servings: int = 1,
     gpu: str | None = None,
 ) -> Recording:
@@ -239,25 +237,15 @@ def observe(
     finally:
         gc.enable()
     recording, own = middle_of(served)
-    energy_about = dict(meter.about())
-    if energy_about["energy_joules"] is not None:
-        energy_about["energy_joules"] /= servings
-    about = {
-        **recording.header.about,
-        **about,
-        **own,
-        **({} if gpu is None else {"gpu_clock_mhz": clocks}),
-        "foreign_cores": foreign,
-        **energy_about,
-    }
+    about = {**recording.header.about, **(about or {}), **own}
+    if gpu is not None:
+        about["gpu_clock_mhz"] = clocks
+    about |= {"foreign_cores": foreign, **meter.about(servings)}
     return replace(recording, header=replace(recording.header, about=about))
 
 
 def middle_of(served: Sequence[Recording]) -> tuple[Recording, dict[str, Any]]:
-    """Return the recording of median duration, and facts about all servings for its header.
-
-    Recordings with other tokens go with it, to be verified.
-    """
+    """Return the recording of median duration, with those of other tokens, and facts about all."""
     middle = sorted(served, key=lambda r: r.duration_ns)[len(served) // 2]
     if len(served) == 1:
         return middle, {}
@@ -282,12 +270,5 @@ def requests_that_differ(one: Recording, other: Recording) -> list[int]:
     """Return the requests to which two recordings gave different tokens."""
     if one.tokens is None or other.tokens is None:
         return []
-    lengths = one.requests.output_tokens != other.requests.output_tokens
-    if not lengths.any():
-        changed = np.flatnonzero(one.tokens != other.tokens)
-        return [int(i) for i in np.unique(one.request_of(changed))]
-    return [
-        i
-        for i in range(len(lengths))
-        if lengths[i] or not np.array_equal(one.tokens_of(i), other.tokens_of(i))
-    ]
+    count = len(one.requests.slot)
+    return [i for i in range(count) if not np.array_equal(one.tokens_of(i), other.tokens_of(i))]

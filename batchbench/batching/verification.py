@@ -110,45 +110,32 @@ def verify(
     if not chosen:
         return NOT_VERIFIED
     reference = Remembered(reference)
-    recordings = [each for recording in recordings for each in _servings(recording)]
-    wanted = {(request, id(r)): r.tokens_of(request) for request in chosen for r in recordings}
+    servings = [each for recording in recordings for each in _servings(recording)]
+    wanted = {(i, id(r)): (r.tokens_of(i), r) for i in chosen for r in servings}
     # Longest first, so that the beginning of a sequence is checked with it.
-    for (request, _), tokens in sorted(wanted.items(), key=lambda item: -len(item[1])):
+    for (request, _), (tokens, _) in sorted(wanted.items(), key=lambda item: -len(item[1][0])):
         reference.deviations(workload.prompt(request), tokens, workload.stream(request))
-    findings: list[Finding] = []
-    worst: dict[int, str] = dict.fromkeys(chosen, "identical")
-    for request in chosen:
-        for recording in recordings:
-            tokens = wanted[request, id(recording)]
-            finding = _wrong_count(workload, request, tokens, frozenset(eos), recording)
-            if finding is None:
-                stream = workload.stream(request)
-                deviations = reference.deviations(workload.prompt(request), tokens, stream)
-                finding = _finding(request, recording.header.strategy, deviations, stream)
-            if finding is None:
-                continue
-            if worst[request] != "wrong":
-                worst[request] = finding.verdict
-            key = (request, finding.strategy, finding.verdict)
-            if key not in {(f.request, f.strategy, f.verdict) for f in findings}:
-                findings.append(finding)
-    verdicts = list(worst.values())
+    found: dict[tuple[int, str, str], Finding] = {}
+    for (request, _), (tokens, recording) in wanted.items():
+        finding = _finding(workload, request, tokens, recording, reference, sorted(eos))
+        if finding is not None:
+            found.setdefault((request, finding.strategy, finding.verdict), finding)
+    wrong = {finding.request for finding in found.values() if finding.verdict == "wrong"}
+    ties = {finding.request for finding in found.values()} - wrong
+    checked = len(set(chosen))
     return Verification(
-        requests_checked=len(verdicts),
-        identical=verdicts.count("identical"),
-        numerical_ties=verdicts.count("numerical tie"),
-        wrong=verdicts.count("wrong"),
+        requests_checked=checked,
+        identical=checked - len(ties) - len(wrong),
+        numerical_ties=len(ties),
+        wrong=len(wrong),
         reference=reference.name,
-        max_logit_gap=max((f.gap for f in findings if f.gap is not None), default=0.0),
-        findings=tuple(findings),
+        max_logit_gap=max((f.gap for f in found.values() if f.gap is not None), default=0.0),
+        findings=tuple(found.values()),
     )
 
 
 def draws_by_itself(recording: Recording) -> bool:
-    """Return True if an engine draws sampled tokens from random numbers of its own.
-
-    They are not those of the model and the workload's random streams.
-    """
+    """Return True if an engine draws tokens from random numbers of its own, not the workload's."""
     return bool(recording.header.about.get("own_random"))
 
 
@@ -185,8 +172,27 @@ class Remembered:
 
 
 def _finding(
-    request: int, strategy: str, deviations: Sequence[Deviation], stream: Stream | None
+    workload: Workload,
+    request: int,
+    tokens: NDArray[np.int32],
+    recording: Recording,
+    reference: Reference,
+    eos: Sequence[int],
 ) -> Finding | None:
+    """Return the fault of an output, if any: its number of tokens, or a token.
+
+    With ``--stop-at-eos`` the first end of text ends the output.
+    """
+    strategy, stream = recording.header.strategy, workload.stream(request)
+    expected = int(workload.output_tokens[request])
+    if workload.stop_at_eos:
+        ends = np.flatnonzero(np.isin(tokens, eos))[:1] + 1
+        expected = int(min([expected, *ends]))
+    if len(tokens) != expected:
+        index = min(len(tokens), expected)
+        reason = f"{len(tokens)} output tokens instead of {expected}"
+        return Finding(request, strategy, "wrong", index, None, None, reason)
+    deviations = reference.deviations(workload.prompt(request), tokens, stream)
     if not deviations:
         return None
     wrong = [d for d in deviations if not d.is_tie]
@@ -205,24 +211,3 @@ def _finding(
         "may cause"
     )
     return Finding(request, strategy, verdict, index, gap, tolerance, reason)
-
-
-def _wrong_count(
-    workload: Workload,
-    request: int,
-    tokens: NDArray[np.int32],
-    eos: frozenset[int],
-    recording: Recording,
-) -> Finding | None:
-    """Return a finding if a request has another number of tokens than requested.
-
-    With ``--stop-at-eos`` the first end of text ends the output.
-    """
-    expected = int(workload.output_tokens[request])
-    if workload.stop_at_eos:
-        ends = np.flatnonzero(np.isin(tokens, sorted(eos)))
-        expected = min(int(ends[0]) + 1, expected) if len(ends) else expected
-    if len(tokens) == expected:
-        return None
-    index, reason = min(len(tokens), expected), f"{len(tokens)} output tokens instead of {expected}"
-    return Finding(request, recording.header.strategy, "wrong", index, None, None, reason)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.occupancy import prompt_tokens_of_spans
 from batchbench.reports.statistics import Distribution, Floats, step_distribution
 from batchbench.reports.text import plural
 
@@ -38,22 +39,11 @@ class Gaps:
     from_step: Ints  # step at which the row's first gap begins
     to_step: Ints
 
-    @classmethod
-    def of(cls, recording: Recording) -> Iterator[Gaps]:
-        """Yield all gaps of all requests in blocks, so that memory stays bounded.
-
-        All running requests get a token at every step that decodes, so they share the gap from one
-        such step to the next; only the gap after a first token may begin at another step.
-        """
-        decodes = Decodes.of(recording)
-        yield _first_gaps(recording, decodes)
-        yield from _shared_gaps(recording, decodes)
-
 
 def gaps_ms(recording: Recording) -> Distribution:
     """Return ITL in ms; a recording without steps needs the times of its tokens."""
     if recording.token_ends_ns is None:
-        parts = [Distribution.of(g.ns, g.requests * g.times) for g in Gaps.of(recording)]
+        parts = [Distribution.of(g.ns, g.requests * g.times) for g in gaps_of(recording)]
         return Distribution.pooled(parts).in_units_of(1e6)
     # A first token ends no gap.
     later = np.delete(np.arange(len(recording.token_ends_ns)), recording.token_offsets[:-1])
@@ -91,21 +81,21 @@ class Decodes:
         return self.first[span] + number - (self.upto - self.steps)[span]
 
 
-def _first_gaps(recording: Recording, decodes: Decodes) -> Gaps:
-    r = recording.requests
+def gaps_of(recording: Recording) -> Iterator[Gaps]:
+    """Yield all gaps of all requests in blocks, so that memory stays bounded.
+
+    All running requests get a token at every step that decodes, so they share the gap from one
+    such step to the next; only the gap after a first token may begin at another step.
+    """
+    r, decodes = recording.requests, Decodes.of(recording)
     several = r.last > r.first
+    # After a first token
     first, shared = np.unique(r.first[several], return_counts=True)
     second = decodes.step(decodes.numbered(first))
     gaps = recording.ends_of(second) - recording.ends_of(first)
-    return Gaps(gaps, shared, np.ones_like(gaps), first, second)
-
-
-def _shared_gaps(recording: Recording, decodes: Decodes) -> Iterator[Gaps]:
-    """Yield gaps from a step that decodes to the next, for the requests with a token in both."""
-    r = recording.requests
+    yield Gaps(gaps, shared, np.ones_like(gaps), first, second)
     if not len(decodes.first):
         return
-    several = r.last > r.first
     # A request shares gaps from its second token to its last.
     begins = np.sort(decodes.numbered(r.first[several]) + 1)
     ends = np.sort(decodes.numbered(r.last[several]))
@@ -155,7 +145,7 @@ def _longest(recording: Recording) -> list[_Gap]:
     if median is None:
         return []
     gaps: dict[tuple[int, int], _Gap] = {}
-    for part in Gaps.of(recording):
+    for part in gaps_of(recording):
         long = np.flatnonzero((part.requests > 0) & (part.ns >= STALL * median * 1e6))
         order = np.lexsort((part.from_step[long], -part.ns[long]))[:MOST_STALLS]
         columns = (part.ns, part.requests, part.times, part.from_step, part.to_step)
@@ -188,12 +178,10 @@ def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
 def describe_step(recording: Recording, step: int) -> str:
     """Return the work of a step in words: ``prefill of 3 requests, 512 tokens``."""
     span = int(recording.spans_of(np.array([step]))[0])
-    spans, log = recording.spans, recording.chunks
-    decoding, chunks = int(spans.decoding[span]), int(spans.chunks[span])
+    decoding, chunks = (int(n[span]) for n in (recording.spans.decoding, recording.spans.chunks))
     parts = []
     if chunks:
-        begin = int(spans.chunks[:span].sum())
-        tokens = int((log.stop - log.start)[begin : begin + chunks].sum())
+        tokens = int(prompt_tokens_of_spans(recording)[0][span])
         parts.append(f"prefill of {plural(chunks, 'request')}, {plural(tokens, 'token')}")
     if decoding:
         parts.append(f"decode of {plural(decoding, 'slot')}")
@@ -205,28 +193,24 @@ def describe_step(recording: Recording, step: int) -> str:
 
 def queue_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the first step that computes the request, ``[requests]``."""
-    queued: Floats = (recording.started_ns - recording.requests.due_ns) / 1e6
-    return queued
+    return (recording.started_ns - recording.requests.due_ns) / 1e6
 
 
 def ttft_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the first output token, ``[requests]``."""
-    first: Floats = (recording.first_token_ns - recording.requests.due_ns) / 1e6
-    return first
+    return (recording.first_token_ns - recording.requests.due_ns) / 1e6
 
 
 def e2el_ms(recording: Recording) -> Floats:
     """Return the time from arrival to the last output token, ``[requests]``."""
-    last: Floats = (recording.last_token_ns - recording.requests.due_ns) / 1e6
-    return last
+    return (recording.last_token_ns - recording.requests.due_ns) / 1e6
 
 
 def tpot_ms(recording: Recording) -> Floats:
     """Return (E2E − TTFT) / (output tokens produced − 1); NaN for outputs of one token."""
     gaps = recording.requests.output_tokens - 1.0
     gaps[gaps == 0] = np.nan
-    per_token: Floats = (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
-    return per_token
+    return (recording.last_token_ns - recording.first_token_ns) / (gaps * 1e6)
 
 
 def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.bool_]:
@@ -237,8 +221,7 @@ def within(recording: Recording, limits_ms: Mapping[str, float]) -> NDArray[np.b
     good = np.ones(len(recording.requests.slot), np.bool_)
     latencies = {"ttft": ttft_ms, "tpot": tpot_ms, "e2el": e2el_ms}
     for name, limit in limits_ms.items():
-        values = latencies[name](recording)
-        good &= (values <= limit) | np.isnan(values)
+        good &= ~(latencies[name](recording) > limit)
     return good
 
 
@@ -289,8 +272,7 @@ def slowdown(recording: Recording) -> Floats:
     output came whole, or the clock is too coarse.
     """
     step_ms = median_step_ms(recording) or math.nan
-    ratio: Floats = e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
-    return ratio
+    return e2el_ms(recording) / (recording.requests.output_tokens * step_ms)
 
 
 def median_step_ms(recording: Recording) -> float:

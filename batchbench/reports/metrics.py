@@ -11,7 +11,7 @@ import numpy as np
 from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.step_cost import Reading
 from batchbench.reports.latency import Latencies, within
-from batchbench.reports.occupancy import SlotKinds
+from batchbench.reports.occupancy import SlotKinds, prompt_tokens_of_spans
 from batchbench.reports.result_file import Counters, Summary
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.time_budget import arrival_lag_ms, arrival_rate
@@ -22,7 +22,6 @@ ENOUGH_FOR_P999 = 1000
 """Minimum number of values for a 99.9th percentile; with fewer it is close to the maximum."""
 
 NO_LIMITS: Mapping[str, float] = {}
-
 
 # Decode steps
 
@@ -149,7 +148,8 @@ def typical_trial(trials: Sequence[Recording]) -> Recording:
 def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO_LIMITS) -> Summary:
     """Return the median duration over all trials, and the pooled latencies of all requests.
 
-    The names are those of the serving benchmarks.
+    The names are those of the serving benchmarks. The energy is None if some trial's was not
+    measured, and the arrivals are None if all requests are there at the start.
     """
     duration = float(np.median([r.duration_ns for r in recordings])) / 1e9
     requests = recordings[0].requests
@@ -157,7 +157,12 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     stepped = recordings[0].has_steps
     completed = int((requests.last >= 0).sum()) if stepped else len(requests.last)
     good = np.concatenate([within(r, limits_ms) for r in recordings])
-    joules, floor = energy_joules(recordings), decode_floor(recordings)
+    measured: list[Any] = [r.header.about.get("energy_joules") for r in recordings]
+    joules = None if None in measured else float(np.median(measured))
+    floor = decode_floor(recordings)
+    rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
+    lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
+    late = Distribution.of(np.concatenate([np.zeros(0), *lags]))
     figures: Summary = {
         "duration": duration,
         "completed": completed,
@@ -174,7 +179,12 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     }
     for name, values in vars(Latencies.of(*recordings)).items():
         figures |= statistics_of(name, values)
-    return figures | _arrivals(recordings)
+    return figures | {
+        "arrival_rate": float(np.median(rates)) if rates else None,
+        "mean_arrival_lag_ms": late.mean(),
+        "p99_arrival_lag_ms": late.percentile(99),
+        "max_arrival_lag_ms": late.max,
+    }
 
 
 def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
@@ -190,25 +200,6 @@ def statistics_of(name: str, values: Distribution) -> dict[str, float | None]:
     return figures
 
 
-def energy_joules(recordings: Sequence[Recording]) -> float | None:
-    """Return a trial's energy, the median of several; None if some trial's was not measured."""
-    joules = [r.header.about.get("energy_joules") for r in recordings]
-    return None if None in joules else float(np.median(np.array(joules, np.float64)))
-
-
-def _arrivals(recordings: Sequence[Recording]) -> dict[str, float | None]:
-    """Return the arrival rate and lag; None if all requests are there at the start."""
-    lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
-    rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
-    late = Distribution.of(np.concatenate([np.zeros(0), *lags]))
-    return {
-        "arrival_rate": float(np.median(rates)) if rates else None,
-        "mean_arrival_lag_ms": late.mean(),
-        "p99_arrival_lag_ms": late.percentile(99),
-        "max_arrival_lag_ms": late.max,
-    }
-
-
 # Counters
 
 
@@ -220,22 +211,17 @@ def counters(recording: Recording) -> Counters:
     r, s, c = recording.requests, recording.spans, recording.chunks
     steps, slots = recording.num_steps, recording.header.slots
     with_chunks, decodes = s.chunks > 0, s.decoding > 0
-    size = c.stop - c.start
-    # Longest chunk of each span that has chunks, for what a rectangular prefill would compute.
-    begins = (np.cumsum(s.chunks) - s.chunks)[with_chunks]
-    longest = np.maximum.reduceat(size, begins) if len(begins) else size[:0]
-    useful = int(r.output_tokens.sum())
+    prompts, padded = prompt_tokens_of_spans(recording)
+    useful, held = int(r.output_tokens.sum()), int((r.released - r.admitted).sum())
     prompt = int((c.stop != r.prompt_tokens[c.request]).sum())
-    finished = int((r.released - r.last - 1).sum())
-    held = int((r.released - r.admitted).sum())
-    empty = steps * slots - held
+    finished, empty = int((r.released - r.last - 1).sum()), steps * slots - held
     return {
         "forward_passes": steps,
         "prefill_passes": int((with_chunks & ~decodes).sum()),
         "mixed_passes": int((with_chunks & decodes).sum()),
         "decode_passes": int(s.steps[~with_chunks].sum()),
-        "prefill_tokens": int(size.sum()),
-        "padded_prefill_tokens": int((s.chunks[with_chunks] * longest).sum()),
+        "prefill_tokens": int(prompts.sum()),
+        "padded_prefill_tokens": int(padded.sum()),
         "slot_steps": steps * slots,
         "useful_slot_steps": useful,
         "prompt_slot_steps": prompt,
@@ -255,16 +241,9 @@ def kv_tokens_peak(recording: Recording) -> int:
     """
     r, s = recording.requests, recording.spans
     # Every decode of a running request adds one token; a finished one that is held adds none.
-    grown = SlotKinds.of(recording).useful * s.steps + prompt_tokens_of_spans(recording)
+    grown = SlotKinds.of(recording).useful * s.steps + prompt_tokens_of_spans(recording)[0]
     order = np.argsort(r.released)
     final = np.cumsum((r.prompt_tokens + r.output_tokens - 1)[order])
     gone = np.searchsorted(r.released[order], recording.first_steps + s.steps - 1, side="right")
     freed = np.concatenate([[0], final])[gone]
     return int((np.cumsum(grown) - freed).max())
-
-
-def prompt_tokens_of_spans(recording: Recording) -> Ints:
-    """Return the prompt tokens that are computed in each span, ``[spans]``."""
-    chunks, log = recording.spans.chunks, recording.chunks
-    span_of_chunk = np.repeat(np.arange(len(chunks)), chunks)
-    return np.bincount(span_of_chunk, log.stop - log.start, len(chunks)).astype(np.int64)

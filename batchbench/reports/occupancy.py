@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +15,7 @@ MOST_LEVELS = 1_000
 """Levels of a drawn line: more are narrower than a pixel."""
 
 
-@dataclass(frozen=True, eq=False)
-class Holdings:
+class Holdings(NamedTuple):
     """Times at which each request took and left its slot, in ns, ``[requests]`` each."""
 
     request: Ints
@@ -38,11 +38,10 @@ class Holdings:
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> Holdings:
-        return Holdings(*(getattr(self, field.name)[chosen] for field in fields(self)))
+        return Holdings(*(column[chosen] for column in self))
 
 
-@dataclass(frozen=True, eq=False)
-class SlotKinds:
+class SlotKinds(NamedTuple):
     """Number of slots of each kind in each span, ``[spans]`` each; they add up to all slots."""
 
     useful: Ints  # decode a token that was asked for
@@ -67,8 +66,14 @@ class SlotKinds:
         """Slots whose request is not done."""
         return self.useful + self.prompts + self.stalled
 
-    def where(self, chosen: NDArray[np.bool_]) -> SlotKinds:
-        return SlotKinds(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+def prompt_tokens_of_spans(recording: Recording) -> tuple[Ints, Ints]:
+    """Return the prompt tokens of each span, and those of prompts as long as its longest."""
+    chunks, size = recording.spans.chunks, recording.chunks.stop - recording.chunks.start
+    reads, (tokens, longest) = chunks > 0, np.zeros((2, len(chunks)), np.int64)
+    begins = (np.cumsum(chunks) - chunks)[reads]
+    tokens[reads], longest[reads] = (total.reduceat(size, begins) for total in (np.add, np.maximum))
+    return tokens, longest * chunks
 
 
 @dataclass(frozen=True, eq=False)

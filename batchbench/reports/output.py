@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,7 @@ def write_folder(folder: Path, result: Result) -> list[Path]:
     """Write all files of a result and return their paths, ``result.json`` first."""
     files: dict[str, bytes | str] = {"result.json": to_json(result)}
     for name, figure in draw(result.recordings, result.title).items():
-        for format in ("png", "svg"):
-            files[f"{name}.{format}"] = figure_bytes(figure, format)
+        files |= {f"{name}.{format}": figure_bytes(figure, format) for format in ("png", "svg")}
     files["requests.csv"] = requests_frame(result).to_csv(index=False)
     if len(steps := steps_frame(result)):
         files["steps.csv"] = steps.to_csv(index=False)
@@ -153,26 +153,25 @@ def make_document(
 ) -> str:
     """Return a document in a format of ``report --format``; links are relative to ``file``."""
     shown = label_results(folders, results)
-    if format == "html":
-        return html.render(shown)
-    if format.startswith("github-"):
-        return dashboards.render_github_benchmark(shown, bigger=format == "github-bigger")
-    if format == "bencher":
-        return dashboards.render_bencher(shown)
-    if format == "pytest-benchmark":
-        return dashboards.render_pytest_benchmark(shown)
-    place = Path.cwd() if file is None else file.absolute().parent
-    return markdown.render(shown, [_pictures(folder, place) for folder in folders])
+    if format == "markdown":
+        place = Path.cwd() if file is None else file.absolute().parent
+        return markdown.render(shown, [_pictures(folder, place) for folder in folders])
+    return _RENDERERS[format](shown)
+
+
+_RENDERERS: Mapping[str, Callable[[Sequence[Labelled]], str]] = {
+    "html": html.render,
+    "github-bigger": partial(dashboards.render_github_benchmark, bigger=True),
+    "github-smaller": partial(dashboards.render_github_benchmark, bigger=False),
+    "bencher": dashboards.render_bencher,
+    "pytest-benchmark": dashboards.render_pytest_benchmark,
+}
 
 
 def _pictures(folder: Path, place: Path) -> dict[str, str]:
     """Return the pictures that exist in a result's folder, as paths relative to ``place``."""
-    files = {name: folder / f"{name}.png" for name in PICTURES}
-    return {
-        name: _relative(file.absolute(), place).as_posix()
-        for name, file in files.items()
-        if file.exists()
-    }
+    files = [folder.absolute() / f"{name}.png" for name in PICTURES]
+    return {file.stem: _relative(file, place).as_posix() for file in files if file.exists()}
 
 
 def _relative(file: Path, place: Path) -> Path:

@@ -22,9 +22,10 @@ from batchbench.batching.session import Outcome
 from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
-from batchbench.reports.metrics import prompt_tokens_of_spans
+from batchbench.reports.occupancy import prompt_tokens_of_spans
 from batchbench.reports.statistics import Floats
 from batchbench.reports.text import percent, span
+from batchbench.reports.time_budget import between_steps
 from batchbench.workloads import Workload
 
 BLOCKS, FOLDS = 10, 5
@@ -60,12 +61,12 @@ SmallBatches = Sequence[Sequence[int]]
 class StepSample:
     """The work of each step of measured trials, and its duration; ``[steps]`` each.
 
-    Steps of smaller batches belong to no trial and have -1 as their block and trial.
+    Steps of smaller batches belong to no trial and have -1 as their fold and trial.
     """
 
     counts: Ints  # [steps, 5]: 1, rows, cached tokens read, prompt tokens, pieces of prompts
     spent_ns: Floats
-    block: Ints  # tenth of its trial
+    fold: Ints  # of the cross-validation
     trial: Ints
     longest: int  # tokens of the longest request
     host_ns: float  # outside the steps, for each new decision
@@ -87,28 +88,29 @@ class StepSample:
         smaller = np.array(small, np.int64).reshape(-1, 5)
         none = np.full(len(smaller), -1)
         counts = [counts_of(r) for r in real]
-        block = [np.arange(len(c)) * BLOCKS // len(c) for c in counts]
+        fold = [np.arange(len(c)) * BLOCKS // len(c) % FOLDS for c in counts]
         trial = [np.full(len(c), i) for i, c in enumerate(counts)]
         spent = [r.step_ends_ns - r.step_starts_ns for r in real]
+        between = [between_steps(r, r.waits.end_ns)[1] for r in real]
+        host = [max(ns, 0) / max(changes_of(r), 1) for r, ns in zip(real, between, strict=True)]
         return cls(
             counts=np.concatenate([*counts, np.insert(smaller[:, :4], 0, 1, axis=1)]),
             spent_ns=np.concatenate([*spent, smaller[:, 4]]) * 1.0,
-            block=np.concatenate([*block, none]),
+            fold=np.concatenate([*fold, none]),
             trial=np.concatenate([*trial, none]),
             longest=max(_longest_request(r) for r in real),
-            host_ns=float(np.median([_host_ns(r) for r in real])),
+            host_ns=float(np.median(host)),
             bends=tuple(np.unique(smaller[smaller[:, 0] > 0, 0]).tolist()),
         )
 
     def where(self, chosen: NDArray[np.bool_]) -> StepSample:
-        columns = ("counts", "spent_ns", "block", "trial")
+        columns = ("counts", "spent_ns", "fold", "trial")
         return replace(self, **{name: getattr(self, name)[chosen] for name in columns})
 
     @property
     def in_trials(self) -> NDArray[np.bool_]:
         """Mask of the steps that are not of smaller batches."""
-        chosen: NDArray[np.bool_] = self.trial >= 0
-        return chosen
+        return self.trial >= 0
 
     @cached_property
     def grouped(self) -> tuple[Ints, Floats, Floats]:
@@ -138,7 +140,7 @@ def counts_of(recording: Recording) -> Ints:
         seen = np.minimum(decodes[held] - decodes[first] + prompt, most)
         np.maximum(longest[held], seen, out=longest[held])
     longest[rows == 0] = 0
-    prompts, pieces = np.repeat([prompt_tokens_of_spans(recording), s.chunks], s.steps, axis=1)
+    prompts, pieces = np.repeat([prompt_tokens_of_spans(recording)[0], s.chunks], s.steps, axis=1)
     return np.stack([np.ones_like(rows), rows, rows * longest, prompts, pieces], axis=1)
 
 
@@ -151,14 +153,6 @@ def small_batches_of(recordings: Iterable[Recording]) -> list[list[int]]:
 def _longest_request(recording: Recording) -> int:
     r = recording.requests
     return int((r.prompt_tokens + r.output_tokens).max())
-
-
-def _host_ns(recording: Recording) -> float:
-    """Return the mean time outside the steps and not waiting, per new decision."""
-    starts, ends = recording.step_starts_ns, recording.step_ends_ns
-    outside = np.maximum(starts - np.concatenate([[0], ends[:-1]]), 0).sum()
-    waited = (recording.waits.end_ns - recording.waits.start_ns).sum()
-    return float(max(outside - waited, 0) / max(changes_of(recording), 1))
 
 
 def changes_of(recording: Recording) -> int:
@@ -191,17 +185,18 @@ def fit_cost(work: StepSample) -> StepCost:
         matrix = np.concatenate([features / scale * root[:, None], firm])
         solution, _ = nnls(matrix, np.concatenate([spent * root, np.zeros(len(firm))]))
         error = np.abs(spent - features @ (solution / scale))
-        typical = _median(error, size) / 0.6745  # a standard deviation, if they are normal
+        order = np.argsort(error)
+        upto = np.cumsum(size[order])
+        middle = float(error[order][np.searchsorted(upto, upto[-1] / 2)])
+        typical = middle / 0.6745  # a standard deviation, if they are normal
         weight = np.minimum(1.0, _HUBER * typical / np.maximum(error, 1e-9)) if typical else weight
     step, cached, prompt, chunk, row, *rows = (solution / scale).tolist()
     bends = tuple(zip(work.bends, rows, strict=True))
     cost = StepCost(step, row, cached, prompt, chunk, work.host_ns, bends)
     predicted = spent_of(cost, work.counts)
-    level = [
-        work.spent_ns[work.trial == t].sum() / predicted[work.trial == t].sum()
-        for t in np.unique(work.trial[work.in_trials])
-    ]
-    return cost.scaled(float(np.median(level)))
+    trials = [work.trial == trial for trial in np.unique(work.trial[work.in_trials])]
+    levels = [work.spent_ns[trial].sum() / predicted[trial].sum() for trial in trials]
+    return cost.scaled(float(np.median(levels)))
 
 
 def _features(counts: Ints, bends: Sequence[int]) -> Floats:
@@ -210,12 +205,6 @@ def _features(counts: Ints, bends: Sequence[int]) -> Floats:
     edges = np.array([0, *bends])
     wide = np.diff(edges, append=np.iinfo(np.int64).max)
     return np.concatenate([counts[:, [0, 2, 3, 4]], np.clip(rows - edges, 0, wide)], axis=1) * 1.0
-
-
-def _median(values: Floats, size: Floats) -> float:
-    order = np.argsort(values)
-    cumulated = np.cumsum(size[order])
-    return float(values[order][np.searchsorted(cumulated, cumulated[-1] / 2)])
 
 
 def spent_of(cost: StepCost, counts: Ints) -> Floats:
@@ -230,7 +219,7 @@ def quality_of(work: StepSample) -> dict[str, Any]:
     """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
     predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
-        left_out = work.in_trials & (work.block % FOLDS == fold)
+        left_out = work.fold == fold
         if left_out.any() and not left_out.all():
             cost = fit_cost(work.where(~left_out))
             predicted[left_out] = spent_of(cost, work.counts[left_out])
@@ -282,7 +271,7 @@ def known_cost(
 def beyond(known: KnownCost, recordings: Sequence[Recording]) -> list[str]:
     """Return in words the parts of simulated trials that lie beyond the fitted steps."""
     parts = _unseen_rows(known, recordings)
-    prompt = max(int(prompt_tokens_of_spans(r).max()) for r in recordings)
+    prompt = max(int(prompt_tokens_of_spans(r)[0].max()) for r in recordings)
     longest = max(_longest_request(r) for r in recordings)
     if prompt > known.prompt_tokens:
         parts.append(
@@ -299,14 +288,11 @@ def _unseen_rows(known: KnownCost, recordings: Sequence[Recording]) -> list[str]
     A straight line holds between two fitted numbers, if the larger is at most about twice the
     smaller.
     """
-    seen = sorted({rows for rows in known.rows if rows})
     decoding = np.unique(np.concatenate([r.spans.decoding for r in recordings]))
-    parts = []
-    if decoding[-1] > max(known.rows):
-        parts.append(
-            f"up to {decoding[-1]:,} rows decode together (the fit saw up to {max(known.rows):,})"
-        )
-    for low, high in pairwise([0, *seen]):
+    parts, most = [], max(known.rows)
+    if decoding[-1] > most:
+        parts.append(f"up to {decoding[-1]:,} rows decode together (the fit saw up to {most:,})")
+    for low, high in pairwise(sorted({0, *known.rows})):
         within = decoding[(decoding > low) & (decoding < high)].tolist()
         if within and high > 2 * low + 1:
             rows, unseen = _rows(within[0], within[-1]), _rows(low + 1, high - 1)

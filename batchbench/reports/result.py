@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,18 +19,17 @@ from batchbench.batching.recording_file import load_recording, save_recording
 from batchbench.batching.session import Outcome
 from batchbench.batching.trials import WarmUp
 from batchbench.batching.verification import Finding, Verification
+from batchbench.errors import UsageError
 from batchbench.json_file import json_text, now
 from batchbench.reports import metrics
 from batchbench.reports.latency import by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
 from batchbench.reports.result_file import (
-    Comparison,
     Facts,
     ResultData,
-    StrategyData,
-    check_recordings,
     file_of,
     load_data,
+    mismatches,
 )
 from batchbench.reports.served import doubts, served_facts, server_words, step_ratio, typical_passes
 from batchbench.reports.slo import NO_GOALS, GoalsSpec
@@ -94,7 +93,8 @@ class Result:
 
 def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
     """Return the result of an experiment that has just run, judged by ``goals``."""
-    experiment, texts = outcome.experiment, outcome.texts
+    experiment, texts, cost = outcome.experiment, outcome.texts, outcome.experiment.cost
+    trials = [trial for trials in outcome.recordings.values() for trial in trials]
     checked = asdict(outcome.verification)
     facts = {
         "created_at": now(),
@@ -118,7 +118,7 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(texts)
         ],
-        "cost": _cost(outcome),
+        "cost": cost and {**cost.as_dict(), "extrapolates": beyond(cost, trials)},
         "prediction": None if outcome.server else predict_outcome(outcome),
         **served_facts(outcome),
     }
@@ -153,14 +153,6 @@ def regoaled(result: Result, goals: GoalsSpec) -> Result:
     return remake_result(Result(data, result.recordings))
 
 
-def _cost(outcome: Outcome) -> dict[str, Any] | None:
-    cost = outcome.experiment.cost
-    if cost is None:
-        return None
-    trials = [trial for trials in outcome.recordings.values() for trial in trials]
-    return {**cost.as_dict(), "extrapolates": beyond(cost, trials)}
-
-
 def workload_facts(workload: Workload) -> dict[str, Any]:
     """Return the totals, the digest and the arrivals of a workload."""
     return {
@@ -182,10 +174,9 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
     goals = settings.from_json(GoalsSpec, facts["config"]["goals"])
     checked, server = facts["verification"], facts.get("server")
-    verification = Verification(
-        **{f.name: checked[f.name] for f in fields(Verification) if f.name != "findings"},
-        findings=tuple(Finding(**finding) for finding in checked["findings"]),
-    )
+    findings = tuple(Finding(**finding) for finding in checked["findings"])
+    counts = {name: value for name, value in checked.items() if name != "passed"}
+    verification = Verification(**{**counts, "findings": findings})
     reasons = audit(
         workload,
         recordings,
@@ -220,13 +211,14 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
 
 def _strategy(
     trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[tuple[int, int]]
-) -> StrategyData:
+) -> dict[str, Any]:
     limits, price = goals.limits_ms, goals.price_per_hour
     summaries = [metrics.summary([trial], limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
     about = trials[0].header.about
-    data: StrategyData = {
+    servings = about.get("servings", 1)
+    return {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -235,10 +227,8 @@ def _strategy(
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "computed_passes": about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
+        **({"servings": servings} if servings > 1 else {}),
     }
-    if (servings := about.get("servings", 1)) > 1:
-        data["servings"] = servings
-    return data
 
 
 def output_digest(recording: Recording) -> str | None:
@@ -251,7 +241,7 @@ def output_digest(recording: Recording) -> str | None:
 
 
 def ratio_of(
-    strategies: Mapping[str, StrategyData], name: str, numerator: str, denominator: str
+    strategies: Mapping[str, dict[str, Any]], name: str, numerator: str, denominator: str
 ) -> Ratio | None:
     """Return a metric of one strategy divided by that of another, trial by trial."""
     sides = [strategies[strategy]["trials"] for strategy in (numerator, denominator)]
@@ -261,22 +251,21 @@ def ratio_of(
 def _comparison(
     baseline: str,
     candidate: str,
-    strategies: Mapping[str, StrategyData],
+    strategies: Mapping[str, dict[str, Any]],
     recordings: Recordings,
     facts: Facts,
     workload: Workload,
-) -> Comparison:
+) -> dict[str, Any]:
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
-    source: Literal["server", "schedule"] | None
     if (server := facts.get("server")) is not None:
         slots = facts["config"]["serving"]["batch_size"]
         steps, source = step_ratio(baseline, candidate, server, slots, workload) or (None, None)
     else:
         # Steps may vary from trial to trial if texts end early, so pairs count here too.
         # None if one of the two schedules by itself and reports no steps.
-        counts = [[r.num_steps for r in recordings[name]] for name in (baseline, candidate)]
-        steps = paired_ratio(*counts)
+        sides = (recordings[baseline], recordings[candidate])
+        steps = paired_ratio(*([trial.num_steps for trial in trials] for trials in sides))
         source = "schedule" if steps else None
     return {
         "baseline": baseline,
@@ -307,7 +296,9 @@ def load_result(folder: Path) -> Result:
         ]
         for i, (name, strategy) in enumerate(data["strategies"].items())
     }
-    check_recordings(file, data, recordings)
+    fault = next(mismatches(data, recordings), None)
+    if fault is not None:
+        raise UsageError(f"{file}: its parts do not belong together: {fault}")
     return Result(data, recordings)
 
 

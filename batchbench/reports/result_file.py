@@ -1,8 +1,7 @@
 """The file ``result.json``: its schema, its checks, and its bounded reader.
 
 ``result.schema.json`` is published with the package, because other tools read these names. It alone
-lists all of them; the types here are those of the parts that several modules share, and a test
-compares them with it.
+lists all of them; the types here are those of the file's parts, and a test compares them with it.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import jsonschema
 import numpy as np
@@ -34,37 +33,6 @@ Summary = dict[str, Any]
 
 Counters = dict[str, int]
 """Exact counts of the work of a trial, from its plans alone."""
-
-
-class Speedup(TypedDict):
-    median: float
-    ci95: list[float] | None
-
-
-class StrategyData(TypedDict):
-    trials: list[Summary]
-    summary: Summary
-    counters: Counters | None
-    computed_passes: NotRequired[int | None]
-    servings: NotRequired[int]
-    output_digest: str | None
-    by_output_length: list[dict[str, Any]]
-    stalls: list[dict[str, Any]]
-    decode_step: NotRequired[dict[str, Any] | None]
-
-
-class Comparison(TypedDict):
-    baseline: str
-    candidate: str
-    speedup: Speedup
-    step_ratio: float | None
-    step_ratio_source: NotRequired[Literal["server", "schedule"] | None]
-    efficiency: float | None
-
-
-class Validity(TypedDict):
-    status: Literal["valid", "suspect"]
-    reasons: list[str]
 
 
 class Facts(TypedDict):
@@ -92,11 +60,11 @@ class Facts(TypedDict):
 class ResultData(Facts):
     schema_version: int
     batchbench_version: str
-    strategies: dict[str, StrategyData]
-    comparison: Comparison | None
-    comparisons: list[Comparison]
+    strategies: dict[str, dict[str, Any]]
+    comparison: dict[str, Any] | None
+    comparisons: list[dict[str, Any]]
     explain: dict[str, Any]
-    validity: Validity
+    validity: dict[str, Any]
 
 
 # Reading
@@ -113,19 +81,17 @@ def read_data(folder: Path) -> dict[str, Any]:
         UsageError: there is no result, or it is damaged or of another schema version.
     """
     file = file_of(folder)
+    hint = "give the folder that batchbench run wrote"
     try:
         data = read_json(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         absent = "is not a folder" if folder.exists() else "no such folder"
         problem = "holds no result.json" if folder.is_dir() else absent
         below = max(folder.glob("*/result.json"), key=lambda f: f.stat().st_mtime, default=None)
-        hint = "give the folder that batchbench run wrote"
         hint = f"the newest in it is {below.parent}" if below else hint
         raise UsageError(f"{folder}: {problem}; {hint}") from error
     except OSError as error:
-        raise UsageError(
-            f"{file}: cannot be read: {reason_of(error)}; give the folder that batchbench run wrote"
-        ) from error
+        raise UsageError(f"{file}: cannot be read: {reason_of(error)}; {hint}") from error
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UsageError(f"{file}: is not a result of batchbench")
     if data.get("kind") == "baseline":
@@ -189,38 +155,25 @@ def _contradictions(data: ResultData) -> Iterator[str]:
 
 
 def _contradictions_of_server(data: ResultData) -> Iterator[str]:
-    server = data.get("server")
-    if server is None:
+    if (server := data.get("server")) is None:
         return
     if not isinstance(data["config"].get("target", {}).get("target"), str):
         yield "it has a server, and its config has no target"
+    trials = {name: len(strategy["trials"]) for name, strategy in data["strategies"].items()}
     for counts in (server["passes"], server["cached_tokens"]):
-        for name, trials in counts.items():
-            if name not in data["strategies"] or len(trials) != len(
-                data["strategies"][name]["trials"]
-            ):
-                yield "its server's counts are not one per trial of each strategy"
+        if any(len(count) != trials.get(name) for name, count in counts.items()):
+            yield "its server's counts are not one per trial of each strategy"
 
 
-def check_recordings(
-    file: Path, data: ResultData, recordings: Mapping[str, Sequence[Recording]]
-) -> None:
-    """Raise UsageError if the recordings beside a result are not its own."""
-    fault = next(_mismatches(data, recordings), None)
-    if fault is not None:
-        raise UsageError(f"{file}: its parts do not belong together: {fault}")
-
-
-def _mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]]) -> Iterator[str]:
+def mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]]) -> Iterator[str]:
+    """Yield the reasons why the recordings beside a result are not its own."""
     first = next(iter(recordings.values()))[0]
-    if len(first.requests.slot) != data["workload"]["num_requests"]:
-        yield "they have different numbers of requests"
     for name, trials in recordings.items():
         for trial, recording in enumerate(trials):
             header, where = recording.header, f"recording {trial} of {name[:40]}"
             if (header.strategy, header.trial) != (name, trial):
                 yield f"{where} is of {header.strategy[:40]}, trial {header.trial}"
-            if len(recording.requests.slot) != len(first.requests.slot):
+            if len(recording.requests.slot) != data["workload"]["num_requests"]:
                 yield "they have different numbers of requests"
             elif not np.array_equal(recording.requests.prompt_tokens, first.requests.prompt_tokens):
                 yield f"{where} has other prompts"
@@ -230,60 +183,19 @@ def _mismatches(data: ResultData, recordings: Mapping[str, Sequence[Recording]])
                 yield f"{where} has tokens and others have none, or the reverse"
 
 
-# The check against a schema
-
-_KINDS = {
-    "array": "a list",
-    "boolean": "true or false",
-    "integer": "a whole number",
-    "null": "null",
-    "number": "a number",
-    "object": "an object",
-    "string": "a text",
-}
-
 _MOST_FAULTS = 50
 """Number of faults among which the deepest is chosen."""
 
 
 def fault_of(data: Any, schema: Mapping[str, Any]) -> str | None:
-    """Return the fault of the data, as "name is value; it must be …"; None if it has none."""
+    """Return the place of a fault in the data, and the rule that it breaks; None without one."""
     faults = jsonschema.Draft202012Validator(schema).iter_errors(data)
     fault: Any = jsonschema.exceptions.best_match(islice(faults, _MOST_FAULTS))
     if fault is None:
         return None
-    place, rule = ".".join(map(str, fault.absolute_path)), fault.validator_value
-    at = place or "it"
-    if fault.validator == "required":
-        missing = next(name for name in rule if name not in fault.instance)
-        return f"{place}{'.' if place else ''}{missing} is missing"
-    if fault.validator == "additionalProperties" and isinstance(fault.instance, dict):
-        known = fault.schema.get("properties", {})
-        unknown = next((name for name in fault.instance if name not in known), "")
-        return f"{at} has {unknown[:40]!r}, which is not known"
-    return f"{at} is {_value(fault.instance)}; it must be {_rule(fault.validator, rule)}"
-
-
-def _rule(validator: str, rule: Any) -> str:
-    if validator == "type":
-        return " or ".join(_KINDS[name] for name in ([rule] if isinstance(rule, str) else rule))
-    if validator == "enum":
-        return f"one of {', '.join(map(str, rule))}"
-    return {
-        "minimum": f"at least {rule}",
-        "exclusiveMinimum": f"above {rule}",
-        "maximum": f"at most {rule}",
-        "const": json.dumps(rule),
-        "pattern": f"of the form {rule}",
-        "minItems": f"a list of at least {rule}",
-        "maxItems": f"a list of at most {rule}",
-        "minProperties": "an object that is not empty",
-    }.get(validator, "as the schema says")
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{…}" if value else "{}"
-    if isinstance(value, list):
-        return "[…]" if value else "[]"
-    return shown(json.dumps(value, ensure_ascii=False))
+    text = fault.message
+    if fault.validator not in ("required", "additionalProperties") and (
+        isinstance(fault.instance, dict | list)
+    ):  # the message would begin with all that it holds
+        text = f"its {fault.validator} must be {fault.validator_value}"
+    return f"{'.'.join(map(str, fault.absolute_path)) or 'it'}: {shown(text)}"

@@ -56,16 +56,6 @@ def labels_of(folders: Sequence[Path]) -> list[str]:
     return [shown(label, 255) for label in labels]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One strategy of one result; its cells stand under ``HEAD``."""
-
-    label: str
-    strategy: str
-    throughput: float
-    cells: list[str]
-
-
 @dataclass(frozen=True, eq=False)
 class SideBySide:
     shown: Sequence[Labelled]
@@ -79,29 +69,33 @@ class SideBySide:
         """Settings that vary: the name, and each result's value as text."""
         results: list[Any] = [one.result.data for one in self.shown]
         flat = [
-            {name: value for part in _SETTINGS for name, value in _flat(part, data[part])}
+            {name: value for part in _SETTINGS for name, value in flat_settings(part, data[part])}
             for data in results
         ]
-        names = dict.fromkeys(name for facts in flat for name in facts if name not in _OBSERVED)
+        names = dict.fromkeys(name for facts in flat for name in facts)
         columns = {name: [facts.get(name) for facts in flat] for name in names}
         return [
-            [_spell(name), *map(_shorten, values)]
+            [spell_name(name), *map(_shorten, values)]
             for name, values in columns.items()
-            if any(value != values[0] for value in values)
+            if any(value != values[0] for value in values) and not name.startswith(_OBSERVED)
         ]
 
     @cached_property
-    def lines(self) -> list[Line]:
-        """One line per result and strategy."""
-        return [line for one in self.shown for line in _lines(one)]
+    def rows(self) -> list[list[str]]:
+        """One row per result and strategy, under ``HEAD``."""
+        return [row for one in self.shown for row in _rows(one)]
 
     @cached_property
     def sentence(self) -> str:
         """The highest throughput, and reasons not to compare the results."""
-        best = max(self.lines, key=lambda line: line.throughput)
+        most, label, strategy = max(
+            (strategy["summary"]["output_throughput"], one.label, one.result.label(name))
+            for one in self.shown
+            for name, strategy in one.result.data["strategies"].items()
+        )
         text = (
-            f"{len(self.shown)} results side by side: {best.strategy} in {best.label} had the "
-            f"highest output throughput ({number(best.throughput)} tok/s)"
+            f"{len(self.shown)} results side by side: {strategy} in {label} had the highest output "
+            f"throughput ({number(most)} tok/s)"
         )
         data = [one.result.data for one in self.shown]
         if len({result["workload"]["digest"] for result in data}) > 1:
@@ -118,15 +112,15 @@ class SideBySide:
         return f"{text}."
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat_settings(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(value, Mapping):
         yield name, value
         return
     for key, inner in value.items():
-        yield from _flat(f"{name}.{key}", inner)
+        yield from flat_settings(f"{name}.{key}", inner)
 
 
-def _spell(name: str) -> str:
+def spell_name(name: str) -> str:
     """Return ``config.serving.batch_size`` in words, without its part."""
     *before, last = name.split(".")
     if last == "name" or (before and before[0] == "workload"):
@@ -143,14 +137,12 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
-def _lines(one: Labelled) -> Iterator[Line]:
-    strategies, names = one.result.data["strategies"], one.result.names
-    for name in names:
-        summary, label = strategies[name]["summary"], one.result.label(name)
+def _rows(one: Labelled) -> Iterator[list[str]]:
+    data, (baseline, *_) = one.result.data, one.result.names
+    for name, strategy in data["strategies"].items():
         speedup = "baseline"
-        if name != names[0]:
-            speedup = spell_ratio(ratio_of(strategies, "duration", names[0], name))
-        figures = [number(summary[key]) for _, key in FIGURES]
-        status = one.result.data["validity"]["status"]
-        cells = [one.label, label, speedup, *figures, status]
-        yield Line(one.label, label, summary["output_throughput"], cells)
+        if name != baseline:
+            speedup = spell_ratio(ratio_of(data["strategies"], "duration", baseline, name))
+        figures = [number(strategy["summary"][key]) for _, key in FIGURES]
+        status = data["validity"]["status"]
+        yield [one.label, one.result.label(name), speedup, *figures, status]

@@ -15,7 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.result_file import Speedup
 
 Floats = NDArray[np.float64]
 
@@ -122,10 +121,10 @@ class Ratio:
     low: float | None
     high: float | None
 
-    def as_dict(self) -> Speedup:
+    def as_dict(self) -> dict[str, Any]:
         """Return JSON values; ``ci95`` is null if there are too few pairs."""
-        ends = (self.low, self.high)
-        return {"median": self.median, "ci95": [x for x in ends if x is not None] or None}
+        ends = [end for end in (self.low, self.high) if end is not None]
+        return {"median": self.median, "ci95": ends or None}
 
 
 def paired_ratio(
@@ -136,11 +135,11 @@ def paired_ratio(
     The interval is Student's t interval of the mean log ratio (ratios multiply, so their logs
     scatter evenly).
     """
-    both = zip(numerators, denominators, strict=True)
-    pairs = [(a, b) for a, b in both if a is not None and b is not None and a > 0 and b > 0]
-    if not pairs or len(pairs) < len(numerators):
+    pairs = list(zip(numerators, denominators, strict=True))
+    values = np.array(pairs, np.float64)  # a missing value is NaN
+    if not pairs or not (values > 0).all():
         return None
-    logs = np.log([a / b for a, b in pairs])
+    logs = np.log(values[:, 0] / values[:, 1])
     median = float(np.exp(np.median(logs)))
     if len(logs) < FEWEST_PAIRS:
         return Ratio(median, None, None)
@@ -248,13 +247,18 @@ class Decision:
 
 def log_e(samples: Sequence[float], null: float) -> float:
     """Return the logarithm of the evidence that the mean is above ``null``; at most 0 if not."""
-    n = len(samples)
     mean, error = _mean_and_error(samples)
-    if n < 2 or mean <= null:
+    if len(samples) < 2 or mean <= null:
         return 0.0
-    t, nu, spread = (mean - null) / error, n - 1, 1 + PRIOR * n
-    gain = math.log1p(t * t / nu) - math.log1p(t * t / (nu * spread))
-    return -0.5 * math.log(spread) + n / 2 * gain
+    t = (mean - null) / error
+    return _evidence(t * t, len(samples))
+
+
+def _evidence(square: float, n: int) -> float:
+    """Return the logarithm of the evidence of n samples with this square of Student's t."""
+    nu, spread = n - 1, 1 + PRIOR * n
+    gain = math.log1p(square / nu) - math.log1p(square / (nu * spread))
+    return n / 2 * gain - 0.5 * math.log(spread)
 
 
 def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
@@ -292,26 +296,21 @@ def decide(samples: Sequence[float], rule: Rule, *, last: bool) -> Decision:
         mean,
         *confidence_sequence(samples),
         p_value=_p_value(verdict, mean, error, n - 1, rule),
-        smallest=rule.floor + _detectable(n, alpha) * error if n >= FEWEST else None,
+        smallest=rule.floor + _detectable(n - 1, alpha) * error if n >= FEWEST else None,
         needed=_needed(mean, error * n**0.5, rule) if verdict is Verdict.UNKNOWN else None,
     )
 
 
-def confidence_sequence(
-    samples: Sequence[float], confidence: float = CONFIDENCE
-) -> tuple[float | None, float | None]:
+def confidence_sequence(samples: Sequence[float]) -> tuple[float | None, float | None]:
     """Return bounds of the mean that hold after any number of looks; None for too few samples."""
     n = len(samples)
-    need = math.log(2 / (1 - confidence))
+    need = math.log(2 / (1 - CONFIDENCE))
     if n < 2 or (n - 1) / 2 * math.log1p(PRIOR * n) <= need:  # the limit of the evidence
         return None, None
     mean, error = _mean_and_error(samples)
-    nu, spread = n - 1, 1 + PRIOR * n
 
     def missing(log_t: float) -> float:
-        square = math.exp(2 * log_t)
-        gain = math.log1p(square / nu) - math.log1p(square / (nu * spread))
-        return n / 2 * gain - 0.5 * math.log(spread) - need
+        return _evidence(math.exp(2 * log_t), n) - need
 
     t = math.exp(float(optimize.brentq(missing, -20, 50)))
     return mean - t * error, mean + t * error
@@ -338,16 +337,11 @@ def compare_means(
     # The known part of the variance is not estimated, so it costs no degrees of freedom.
     lost = parts[0] ** 2 / (n - 1) + parts[1] ** 2 / (m - 1)
     nu = min(error**4 / lost, 1e6) if lost else 1e6
-    verdict = next(
-        (
-            verdict
-            for verdict in (Verdict.FASTER, Verdict.SLOWER, Verdict.SAME)
-            if _p_value(verdict, mean, error, nu, rule) < rule.alpha
-        ),
-        Verdict.UNKNOWN,
-    )
+    verdict = Verdict.UNKNOWN
+    for rejected in (Verdict.SAME, Verdict.SLOWER, Verdict.FASTER):  # the last has precedence
+        if _p_value(rejected, mean, error, nu, rule) < rule.alpha:
+            verdict = rejected
     half = _quantile((1 + CONFIDENCE) / 2, nu) * error
-    detectable = (_quantile(1 - rule.alpha, nu) + _quantile(POWER, nu)) * error
     unknown = verdict is Verdict.UNKNOWN
     return Decision(
         verdict,
@@ -356,7 +350,7 @@ def compare_means(
         mean - half,
         mean + half,
         p_value=_p_value(verdict, mean, error, nu, rule),
-        smallest=rule.floor + detectable,
+        smallest=rule.floor + _detectable(nu, rule.alpha) * error,
         needed=_needed_of_two(mean, sum(parts) * min(n, m), known, rule) if unknown else None,
     )
 
@@ -386,13 +380,13 @@ def _p_value(verdict: Verdict, mean: float, error: float, nu: float, rule: Rule)
     if verdict is Verdict.FASTER:
         return _tail((-mean - rule.floor) / error, nu)
     if verdict is Verdict.SAME:
-        return max(_tail((rule.margin - s * mean) / error, nu) for s in (1, -1))
+        return _tail((rule.margin - abs(mean)) / error, nu)
     return _tail((mean - rule.floor) / error, nu)
 
 
-def _detectable(n: int, alpha: float) -> float:
+def _detectable(nu: float, alpha: float) -> float:
     """Return the standard errors above the floor at which an effect is found."""
-    return _quantile(1 - alpha, n - 1) + _quantile(POWER, n - 1)
+    return _quantile(1 - alpha, nu) + _quantile(POWER, nu)
 
 
 def _distance(mean: float, rule: Rule) -> float:
@@ -400,17 +394,14 @@ def _distance(mean: float, rule: Rule) -> float:
     return max(abs(mean) - rule.floor, rule.margin - abs(mean))
 
 
-def _needed(mean: float, scatter: float, rule: Rule, most: int = 100_000) -> int | None:
+def _needed(mean: float, scatter: float, rule: Rule) -> int | None:
     """Return the samples for a verdict if the mean and the scatter stay as they are."""
     distance = _distance(mean, rule)
-    if distance <= 0:
-        return None
-    enough = range(FEWEST, most)
-    return FEWEST + bisect_left(
-        enough,
-        True,
-        key=lambda n: _detectable(n, rule.alpha / 2) * scatter / n**0.5 <= distance,
-    )
+
+    def enough(n: int) -> bool:
+        return bool(_detectable(n - 1, rule.alpha / 2) * scatter / n**0.5 <= distance)
+
+    return FEWEST + bisect_left(range(FEWEST, 100_000), True, key=enough) if distance > 0 else None
 
 
 def _needed_of_two(mean: float, scatter: float, known: float, rule: Rule) -> int | None:

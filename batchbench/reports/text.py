@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,6 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 """Separates a number from its unit in pictures."""
 
 MISSING = "N/A"
-
 
 WAVES = "static (waves)"
 """The static strategy on a server, where a finished request leaves the batch."""
@@ -63,10 +62,8 @@ def decimals_of(value: float) -> int:
 
 def fixed(value: float, decimals: int, sign: str = "") -> str:
     """Return a number with fixed decimals, without a sign if it rounds to 0."""
-    text = f"{value:,.{decimals}f}"
-    if not any(digit in "123456789" for digit in text):
-        return text.lstrip("-")
-    return f"{value:{sign},.{decimals}f}"
+    text = f"{value:{sign},.{decimals}f}"
+    return text if any(digit in "123456789" for digit in text) else text.lstrip("+-")
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
@@ -101,9 +98,7 @@ def times(ratio: float | None) -> str:
 
 def times_within(ratio: float | None, low: float | None, high: float | None) -> str:
     """Return a ratio with its interval, if it has one: ``3.08× (2.95–3.21)``."""
-    if low is None or high is None:
-        return times(ratio)
-    return f"{times(ratio)} ({interval(low, high)})"
+    return times(ratio) + ("" if low is None or high is None else f" ({interval(low, high)})")
 
 
 def spell_ratio(ratio: Ratio | None) -> str:
@@ -132,12 +127,6 @@ def spell_time(seconds: float) -> str:
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def spell_ms(milliseconds: float) -> str:
-    """Return a latency in ms, from 1,000 ms on in s: ``12.3 ms``, ``1.20 s``."""
-    unit, value = ("s", milliseconds / 1e3) if milliseconds >= 1e3 else ("ms", milliseconds)
-    return f"{spell_number(value)}{NO_BREAK}{unit}"
 
 
 # Words
@@ -176,4 +165,6 @@ def spell_value(value: Any) -> str:
     """Return a number with thousands separated, a text as it is, a dash for a missing value."""
     if value is None or str(value) in ("nan", "<NA>"):  # pandas.NA, without pandas
         return "–"
-    return f"{value:,.10g}" if isinstance(value, Real) else str(value)
+    if isinstance(value, Real):
+        return f"{value:,}" if isinstance(value, Integral) else f"{value:,.10g}"
+    return str(value)

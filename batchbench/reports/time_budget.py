@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
-from batchbench.reports.occupancy import SlotKinds
+from batchbench.reports.occupancy import SlotKinds, prompt_tokens_of_spans
 from batchbench.reports.statistics import Floats, step_distribution
 
 # Time outside the steps
@@ -26,11 +26,8 @@ def host_share(recording: Recording) -> float:
 
     Scheduling, logging and display count; waiting for a time, such as an arrival, does not.
     """
-    starts, before = recording.spans.start_ns, _previous_ends(recording)
-    over = recording.waits.end_ns
-    waited = (waited_by(recording, starts, over) - waited_by(recording, before, over)).sum()
-    outside = np.maximum(starts - before, 0).sum() - waited
-    return float(outside / max(recording.duration_ns - waited, 1))
+    waited, host, _ = between_steps(recording, recording.waits.end_ns)
+    return host / max(recording.duration_ns - waited, 1)
 
 
 def _previous_ends(recording: Recording) -> Ints:
@@ -40,13 +37,12 @@ def _previous_ends(recording: Recording) -> Ints:
 def waited_by(recording: Recording, times: Ints, over_ns: Ints) -> Ints:
     """Return the total time waited up to each time, in ns, if each wait ends at ``over_ns``."""
     w = recording.waits
-    if not len(w.step):
-        return np.zeros(len(times), np.int64)
-    wait = np.searchsorted(w.start_ns, times, side="right") - 1
-    spent = np.concatenate([[0], np.cumsum(over_ns - w.start_ns)])
-    in_last = np.minimum(times, over_ns[wait]) - w.start_ns[wait]
-    waited: Ints = np.where(wait >= 0, spent[wait] + np.maximum(in_last, 0), 0)
-    return waited
+    # Before the first wait there is one of no length.
+    starts, ends = np.append(-1, w.start_ns), np.append(-1, over_ns)
+    wait = np.searchsorted(w.start_ns, times, side="right")
+    spent = np.concatenate([[0], np.cumsum(ends - starts)])
+    in_last: Ints = np.maximum(np.minimum(times, ends[wait]) - starts[wait], 0)
+    return spent[wait] + in_last
 
 
 # Arrivals
@@ -163,29 +159,18 @@ NAMES = {  # labels of the parts
     "residual_s": "residual",
 }
 
-SAVED_BY = {  # words after "1.2 s saved" for each part
-    "useful_decode_s": "by faster steps for the same tokens",
-    "finished_s": "by freeing slots when requests finish",
-    "empty_s": "by filling empty slots",
-    "prefill_useful_s": "by faster prefill",
-    "prefill_padding_s": "by less prefill padding",
-    "stalled_s": "by fewer stalls during prefill",
-    "waiting_s": "by less waiting for requests",
-    "host_s": "by less host work",
-    "residual_s": "in unaccounted time",
+_CAUSES = {  # words after "1.2 s saved", and after "1.2 s lost", for each part
+    "useful_decode_s": ("by faster decode steps", "to slower decode steps"),
+    "finished_s": ("by freeing slots when requests finish", "to slots held by finished requests"),
+    "empty_s": ("by filling empty slots", "to empty slots"),
+    "prefill_useful_s": ("by faster prefill", "to slower prefill"),
+    "prefill_padding_s": ("by less prefill padding", "to prefill padding"),
+    "stalled_s": ("by fewer stalls during prefill", "to stalls during prefill"),
+    "waiting_s": ("by less waiting for requests", "to waiting for requests"),
+    "host_s": ("by less host work", "to host work"),
+    "residual_s": ("in unaccounted time", "to unaccounted time"),
 }
-
-LOST_TO = {  # words after "1.2 s lost" for each part
-    "useful_decode_s": "to slower steps for the same tokens",
-    "finished_s": "to slots held by finished requests",
-    "empty_s": "to empty slots",
-    "prefill_useful_s": "to slower prefill",
-    "prefill_padding_s": "to prefill padding",
-    "stalled_s": "to stalls during prefill",
-    "waiting_s": "to waiting for requests",
-    "host_s": "to host work",
-    "residual_s": "to unaccounted time",
-}
+SAVED_BY, LOST_TO = ({part: words[i] for part, words in _CAUSES.items()} for i in (0, 1))
 
 
 def typical_budget(trials: Sequence[Recording]) -> TimeBudget | None:
@@ -212,14 +197,21 @@ def time_budget(recording: Recording) -> TimeBudget:
         for kind in (kinds.useful, kinds.finished, kinds.empty, kinds.stalled)
     )
     decode = _decode_phase(recording, spent[reads], reads)
-    prompt, share, reading = spent[reads] - decode, decode / slots, kinds.where(reads)
+    prompt, share = spent[reads] - decode, decode / slots
+    reading = SlotKinds(*(kind[reads] for kind in kinds))
     # Requests that are not done and whose prompt is not computed in this pass.
     kept_waiting = reading.useful + reading.stalled
     concerned = reading.prompts + kept_waiting  # above 0, since prompts are read
     prefill = share * reading.prompts + prompt * reading.prompts / concerned
     stalled = share * reading.stalled + prompt * kept_waiting / concerned
-    padding = prefill * _padding(recording)
-    waiting, host, overlap = _between(recording)
+    padding = 0 * prefill
+    if recording.header.about.get("pads_prompts", False):
+        prompts, padded = prompt_tokens_of_spans(recording)
+        padding = prefill * (1 - prompts[reads] / padded[reads])
+    # A wait lasts until its target time; what it oversleeps is the host's.
+    w = recording.waits
+    over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
+    waiting, host, overlap = between_steps(recording, over)
     parts = (
         useful + share @ reading.useful,
         finished + share @ reading.finished,
@@ -264,30 +256,12 @@ def _decode_phase(recording: Recording, spent: Ints, reads: NDArray[np.bool_]) -
     return phase
 
 
-def _padding(recording: Recording) -> Floats:
-    """Return the share of padding in each prefill, ``[spans that read prompts]``.
-
-    An engine that pads computes new requests × longest prompt.
-    """
-    chunks, c = recording.spans.chunks[recording.spans.chunks > 0], recording.chunks
-    if not recording.header.about.get("pads_prompts", False) or not len(chunks):
-        return np.zeros(len(chunks))
-    begins, size = np.cumsum(chunks) - chunks, c.stop - c.start
-    rectangle = chunks * np.maximum.reduceat(size, begins)
-    share: Floats = 1 - np.add.reduceat(size, begins) / rectangle
-    return share
-
-
-def _between(recording: Recording) -> tuple[int, int, int]:
+def between_steps(recording: Recording, over_ns: Ints) -> tuple[int, int, int]:
     """Return the time between steps in ns: waited, used by the host, and (negative) overlap."""
     starts, before = recording.spans.start_ns, _previous_ends(recording)
-    starts_or_later = np.maximum(starts, before)
-    w = recording.waits
-    # A wait lasts until its target time; what it oversleeps is the host's.
-    over = np.maximum(np.minimum(w.end_ns, w.until_ns), w.start_ns)
-    by_start = waited_by(recording, starts_or_later, over)
-    waited = int((by_start - waited_by(recording, before, over)).sum())
-    gaps = int((starts_or_later - before).sum())
+    later = np.maximum(starts, before)
+    waits = waited_by(recording, later, over_ns) - waited_by(recording, before, over_ns)
+    waited, gaps = int(waits.sum()), int((later - before).sum())
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
 
 

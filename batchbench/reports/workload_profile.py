@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.bar import Bar as Blocks
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,18 +16,6 @@ from batchbench.reports.figures.card import INK, QUIET, WIDE, house_style, make_
 from batchbench.reports.text import clean_text, number, plural, span, spell_number
 from batchbench.workloads.generate import Outline
 from batchbench.workloads.request import Ints
-
-
-class Spread(NamedTuple):
-    """Lengths of all requests, in tokens; percentiles are linear between neighbours."""
-
-    mean: float
-    least: int
-    p50: float
-    p90: float
-    p99: float
-    most: int
-    total: int
 
 
 class Pace(NamedTuple):
@@ -42,19 +30,9 @@ class Pace(NamedTuple):
     variation: float | None
 
 
-@dataclass(frozen=True)
-class Bar:
-    """Number of lengths from ``low`` to ``high``, both included."""
-
-    low: int
-    high: int
-    count: int
-
-
-def spread(lengths: Ints) -> Spread:
-    p50, p90, p99 = np.percentile(lengths, (50, 90, 99)).tolist()
-    low, high, total = int(lengths.min()), int(lengths.max()), int(lengths.sum())
-    return Spread(float(lengths.mean()), low, p50, p90, p99, high, total)
+def spread(lengths: Ints) -> list[float]:
+    """Return the mean, min, p50, p90, p99, max and total of all requests, in tokens."""
+    return [lengths.mean(), *np.percentile(lengths, (0, 50, 90, 99, 100)), lengths.sum()]
 
 
 def pace(due_ns: Ints) -> Pace:
@@ -66,16 +44,13 @@ def pace(due_ns: Ints) -> Pace:
     return Pace(span_s, len(gaps) / span_s, variation)
 
 
-def bars(lengths: Ints, most: int = 10) -> list[Bar]:
-    """Return a histogram of at most ``most`` bars of equal width, a whole number of tokens."""
+def bars(lengths: Ints, most: int = 10) -> list[tuple[int, int, int]]:
+    """Return a histogram: first and last length, and requests, of bars of equal width."""
     low, high = int(lengths.min()), int(lengths.max())
     width = -(-(high - low + 1) // most)
     counts = np.bincount((lengths - low) // width).tolist()
-    starts = range(low, high + 1, width)
-    return [
-        Bar(start, min(start + width - 1, high), count)
-        for start, count in zip(starts, counts, strict=True)
-    ]
+    starts = (low + width * i for i in range(len(counts)))
+    return [(at, min(at + width - 1, high), n) for at, n in zip(starts, counts, strict=True)]
 
 
 def title(outline: Outline) -> str:
@@ -85,8 +60,6 @@ def title(outline: Outline) -> str:
 
 
 # In a terminal
-
-_BAR = 40  # characters of the longest
 
 
 def render(outline: Outline) -> RenderableType:
@@ -105,8 +78,7 @@ def render(outline: Outline) -> RenderableType:
 
 
 def _table(outline: Outline) -> Table:
-    grid = Table(pad_edge=False)
-    grid.add_column("Tokens")
+    grid = Table("Tokens", pad_edge=False)
     for name in ("mean", "min", "p50", "p90", "p99", "max", "total"):
         grid.add_column(name, justify="right")
     prompt, output = outline.prompt_tokens, outline.output_tokens
@@ -120,16 +92,11 @@ def arrivals(outline: Outline) -> str:
     arrived, text = pace(outline.due_ns), outline.arrivals
     if arrived.per_second is not None:
         text += f"; {number(arrived.per_second)} requests/s over {number(arrived.span_s)} s"
-    text += _variation(arrived)
+    if arrived.variation is not None:
+        text += f"; the gaps' coefficient of variation is {arrived.variation:.2f} (Poisson: 1)"
     if outline.max_concurrency is not None:
         text += f"; at most {outline.max_concurrency:,} in the system"
     return text
-
-
-def _variation(arrived: Pace) -> str:
-    if arrived.variation is None:
-        return ""
-    return f"; the gaps' coefficient of variation is {arrived.variation:.2f} (Poisson: 1)"
 
 
 def _histogram(name: str, lengths: Ints) -> Table:
@@ -137,25 +104,18 @@ def _histogram(name: str, lengths: Ints) -> Table:
     for justify in ("right", "left", "right"):
         grid.add_column(justify=justify, no_wrap=True)
     grid.add_row(Text(name, style="bold"), "", Text("requests", style="dim"))
-    histogram = bars(lengths)
-    longest = max(bar.count for bar in histogram)
-    for bar in histogram:
-        blocks = Text(_blocks(bar.count / longest), style="cyan")
-        grid.add_row(span(bar.low, bar.high), blocks, f"{bar.count:,}")
+    histogram, width = bars(lengths), 40
+    longest = max(count for *_, count in histogram)
+    for low, high, count in histogram:
+        shown = max(count, longest / width / 8) if count else 0  # at least an eighth
+        blocks = Blocks(longest, 0, shown, width=width, color="cyan")
+        grid.add_row(span(low, high), blocks, f"{count:,}")
     return grid
-
-
-def _blocks(share: float) -> str:
-    """Return a bar in eighths of a character; a share above 0 has at least one."""
-    eighths = max(round(share * _BAR * 8), share > 0)
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 # The picture
 
 _PANEL = 1.5  # inches: height of a panel
-
-_BARS = 40
 
 _PROMPT, _OUTPUT = "#009E73", "#E69F00"  # Okabe and Ito's; not those of the strategies
 
@@ -163,14 +123,20 @@ _PROMPT, _OUTPUT = "#009E73", "#E69F00"  # Okabe and Ito's; not those of the str
 def draw_portrait(outline: Outline) -> Figure:
     """Draw histograms of lengths and, if requests come over time, their number over time."""
     timed = bool(outline.due_ns.any())
-    half = (WIDE - 0.55) / 2
+    rate, half = pace(outline.due_ns).per_second, (WIDE - 0.55) / 2
+    prompt, output = (
+        spell_number(n.mean()) for n in (outline.prompt_tokens, outline.output_tokens)
+    )
+    headline = (
+        f"{prompt} prompt and {output} output tokens per request, "
+        f"{'all at once' if rate is None else f'{spell_number(rate)} requests/s'}"
+    )
+    notes = "Bars: number of requests. Dotted: the mean."
+    if timed:
+        notes += f" Below, dotted: an even rate. Arrivals: {arrivals(outline)}."
     with house_style():
-        card = make_card(
-            _headline(outline),
-            clean_text(outline.name),
-            0.1 + _PANEL + 0.45 + timed * (_PANEL + 0.55),
-            _notes(outline, timed),
-        )
+        tall = 0.1 + _PANEL + 0.45 + timed * (_PANEL + 0.55)
+        card = make_card(headline, clean_text(outline.name), tall, clean_text(notes))
         for left, lengths, colour, kind in (
             (0.0, outline.prompt_tokens, _PROMPT, "prompt"),
             (half + 0.55, outline.output_tokens, _OUTPUT, "output"),
@@ -183,23 +149,12 @@ def draw_portrait(outline: Outline) -> Figure:
 
 
 def _draw_lengths(axes: Axes, lengths: Ints, colour: str, kind: str) -> None:
-    histogram = bars(lengths, _BARS)
-    left = np.array([bar.low for bar in histogram]) - 0.5
-    width = histogram[0].high - histogram[0].low + 1
-    axes.bar(left, [bar.count for bar in histogram], width, align="edge", color=colour, gid=kind)
-    mean = float(lengths.mean())
-    axes.axvline(mean, color=INK, lw=1.2, ls=":")
-    right = mean > (left[0] + left[-1] + width) / 2
-    axes.annotate(
-        f"mean {spell_number(mean)}",
-        (mean, 1.0),
-        (-4 if right else 4, 2),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="bottom",
-        size=8.5,
-    )
+    histogram = bars(lengths, 40)
+    low, high, counts = np.array(histogram).T
+    width = high[0] - low[0] + 1
+    axes.bar(low - 0.5, counts, width, align="edge", color=colour, gid=kind)
+    axes.axvline(lengths.mean(), color=INK, lw=1.2, ls=":")
+    axes.set_title(f"mean {spell_number(lengths.mean())}", loc="right", size=8.5)
     if len(histogram) == 1:  # a bar of all requests should not fill the panel
         axes.set_xlim(lengths[0] - 10 * width, lengths[0] + 10 * width)
     axes.set_xlabel(f"{kind} tokens per request")
@@ -220,20 +175,3 @@ def _draw_arrivals(axes: Axes, outline: Outline) -> None:
     axes.set_title("requests arrived", loc="left", size=8.5, color=QUIET)
     axes.locator_params(axis="y", nbins=4, integer=True)
     strip_axes(axes, "bottom")
-
-
-def _headline(outline: Outline) -> str:
-    prompt, output = outline.prompt_tokens.mean(), outline.output_tokens.mean()
-    rate = pace(outline.due_ns).per_second
-    return (
-        f"{spell_number(prompt)} prompt and {spell_number(output)} output tokens per request, "
-        f"{'all at once' if rate is None else f'{spell_number(rate)} requests/s'}"
-    )
-
-
-def _notes(outline: Outline, timed: bool) -> str:
-    text = "Bars: number of requests. Dotted: the mean."
-    if timed:
-        arrived = f"{outline.arrivals}{_variation(pace(outline.due_ns))}"
-        text += f" Below, dotted: an even rate. Arrivals: {arrived}."
-    return clean_text(text)

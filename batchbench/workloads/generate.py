@@ -19,9 +19,8 @@ from batchbench.workloads.prompts import (
     prompts_of_file,
     random_prompts,
 )
-from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.request import Ints, Ragged, Workload, stream
 from batchbench.workloads.sampling import Sampling
-from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
 

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from batchbench.errors import UsageError, shown
 from batchbench.files import MIB, read_utf8
-from batchbench.workloads.request import Ints, Ragged
-from batchbench.workloads.seeds import stream
+from batchbench.workloads.request import Ints, Ragged, stream
 
 CLASSIC_PROMPT = "The quick brown fox jumped over the"
 CLASSIC_PROMPT_IDS = (464, 2068, 7586, 21831, 11687, 625, 262)

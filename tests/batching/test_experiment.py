@@ -28,7 +28,7 @@ from batchbench.batching.session import StopReason, conduct
 from batchbench.batching.step_cost import Bandwidth
 from batchbench.batching.trials import WarmUp, beginning
 from batchbench.errors import OutOfTimeError, UsageError
-from batchbench.reports.formats.terminal import floor_lines
+from batchbench.reports.formats.terminal import step_lines
 from batchbench.reports.result import make_result
 from batchbench.reports.result_file import SCHEMA_FILE
 from batchbench.settings import as_json, option_name
@@ -400,10 +400,12 @@ def test_a_request_beyond_the_context_is_a_usage_error(ask: Ask) -> None:
 
 def test_a_request_may_be_as_long_as_the_context() -> None:
     source = Source("x", "dummy", {"n_positions": 10}, None, "")
-    check_context(Workload.of("fits", [[1] * 4, [1]], [6, 9]), source)
+    check_context(Workload.of("fits", [[1] * 4, [1]], [6, 9]), source.context, source.name)
     with pytest.raises(UsageError, match="request 1: 2 prompt"):
-        check_context(Workload.of("does not", [[1] * 4, [1, 1]], [6, 9]), source)
-    check_context(Workload.of("any", [[1]], [10**6]), replace(source, config={}))
+        check_context(
+            Workload.of("does not", [[1] * 4, [1, 1]], [6, 9]), source.context, source.name
+        )
+    check_context(Workload.of("any", [[1]], [10**6]), None, source.name)
 
 
 def test_a_batch_too_large_for_the_memory_names_the_largest_that_fits(
@@ -574,7 +576,8 @@ def test_memory_is_measured_before_each_round_where_no_cache_holds_the_weights(
         assert all(share > 0 for share in shares)
         assert strategy["decode_step"]["floor_share"] == pytest.approx(np.median(shares))
         assert strategy["summary"]["floor_share"] == pytest.approx(np.median(shares))
-    assert len(floor_lines(result)) == (2 if cache == 1 else 0)
+    floors = [line for line in step_lines(result) if line.startswith("Decode step")]
+    assert len(floors) == (2 if cache == 1 else 0)
     assert Draft202012Validator(json.loads(SCHEMA_FILE.read_text())).is_valid(result.data)
 
 

@@ -30,7 +30,7 @@ from batchbench.reports import metrics
 from batchbench.reports.figures import draw
 from batchbench.reports.formats.html import Labelled, render
 from batchbench.reports.formats.terminal import sentence
-from batchbench.reports.formats.trace_events import _cut, trace_events
+from batchbench.reports.formats.trace_events import trace_events, write_trace
 from batchbench.reports.latency import e2el_ms, gaps_ms, queue_ms, tpot_ms, ttft_ms
 from batchbench.reports.output import requests_frame, steps_frame
 from batchbench.reports.result import make_result, remake_result, to_json
@@ -241,7 +241,7 @@ def test_pictures_of_slots_leave_it_out_and_say_so(outcome: Outcome) -> None:
     assert list(draw(alone, "here")) == ["throughput", "latency"]
 
 
-def test_pages_and_traces_leave_it_out_and_say_so(outcome: Outcome) -> None:
+def test_pages_and_traces_leave_it_out_and_say_so(outcome: Outcome, tmp_path: Path) -> None:
     for names in (("static", "continuous", "generate_batch"), ("generate_batch",)):
         kept = {name: outcome.recordings[name] for name in names}
         serving = replace(outcome.experiment.serving, strategy=",".join(names))
@@ -252,7 +252,9 @@ def test_pages_and_traces_leave_it_out_and_say_so(outcome: Outcome) -> None:
         assert "generate_batch logs no steps, so its slots are not known." in page
         processes = {e["args"]["name"] for e in trace_events(result) if e["name"] == "process_name"}
         assert processes == set(names) - {"generate_batch"}
-        assert "generate_batch, which logs no steps" in _cut(result)["left_out"]
+        write_trace(tmp_path / "trace.json", result)
+        told = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["otherData"]
+        assert "generate_batch, which logs no steps" in told["left_out"]
 
 
 def test_what_needs_its_steps_beforehand_is_refused_or_says_so(checkpoint: Path) -> None:

@@ -120,15 +120,6 @@ def test_the_policy_sees_the_time_of_the_plan() -> None:
     assert scheduler.now == 4
 
 
-@pytest.mark.parametrize(("slots", "most"), [(1, 1), (4, 3)])
-def test_a_mixed_pass_must_have_room_beyond_a_token_a_slot(slots: int, most: int) -> None:
-    arrivals = Arrivals(workload_of([(3, 4, 0)]))
-    with pytest.raises(UsageError, match=f"^--max-batched-tokens {most}: must be above .*{slots}"):
-        Scheduler(arrivals, Continuous(), slots, prefill="mixed", max_batched_tokens=most)
-    Scheduler(arrivals, Continuous(), slots, prefill="mixed", max_batched_tokens=slots + 1)
-    Scheduler(arrivals, Continuous(), slots, max_batched_tokens=most)
-
-
 def test_clients_that_wait_for_their_answers_bring_more_while_one_runs() -> None:
     workload = workload_of([(3, 2, 0), (3, 2, 0)], max_concurrency=1)
     scheduler = Scheduler(Arrivals(workload), Continuous(), 2)

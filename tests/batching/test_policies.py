@@ -437,7 +437,7 @@ def test_a_policy_of_yours_serves_everybody_under_all_settings(
 
 @pytest.mark.parametrize(
     "name",
-    ["", "dynamic", "Static", "static ", ":", "static:", ":Static", "no_such_module_here:Policy"],
+    [":", "static:", ":Static", "no_such_module_here:Policy"],
 )
 def test_a_name_that_is_no_policy_is_refused_by_the_name_of_the_option(name: str) -> None:
     with pytest.raises(UsageError) as refused:

@@ -233,9 +233,9 @@ def test_a_summary_of_several_trials() -> None:
 
 def test_energy_is_told_where_each_trial_counted_it() -> None:
     counted = [trial("static", energy_joules=joules) for joules in (2.0, 9.0, 3.0)]
-    assert metrics.energy_joules(counted) == 3.0
-    assert metrics.energy_joules([*counted, STATIC]) is None
-    assert metrics.energy_joules([trial("static", energy_joules=None)]) is None
+    assert metrics.summary(counted)["energy_joules"] == 3.0
+    assert metrics.summary([*counted, STATIC])["energy_joules"] is None
+    assert metrics.summary([trial("static", energy_joules=None)])["energy_joules"] is None
     assert metrics.summary([STATIC])["joules_per_output_token"] is None
 
 

@@ -111,7 +111,7 @@ def test_bars_cover_the_slots_as_the_recording_says(small: Result) -> None:
         widths = {
             kind: sum(
                 int(width)
-                for shape in timeline.shapes
+                for shape in timeline["shapes"]
                 if shape.look.split()[0] in kind
                 for width in re.findall(r"h(\d+)", shape.path)
             )
@@ -213,7 +213,7 @@ def test_only_what_varies_is_shown(pair: SideBySide) -> None:
 
 
 def test_figures_side_by_side_are_each_results_own(pair: SideBySide) -> None:
-    assert [tuple(line.cells[:3]) for line in pair.lines] == [
+    assert [tuple(row[:3]) for row in pair.rows] == [
         (one.label, name, ratio)
         for one in pair.shown
         for name, ratio in (

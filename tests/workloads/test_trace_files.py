@@ -23,7 +23,7 @@ from support.trace_samples import AZURE, MOONCAKE, SAMPLES, SHAREGPT, read, writ
 from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads.traces import BadRow
-from batchbench.workloads.traces.opening import _ARCHIVES, HEAD_BYTES
+from batchbench.workloads.traces.reading import _ARCHIVES, HEAD_BYTES
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -97,14 +97,7 @@ class GenerateBatch:
                 for request, result in self._served(manager, workload, clock, progress, watch)
             }
             about = {"engine": f"transformers {transformers.__version__}", **self._settings()}
-        header = Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self._slots,
-            simulated=False,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about=about,
-        )
+        header = Header.of(self.name, trial, self._slots, workload, about)
         requests, results = zip(*(served[i] for i in range(len(workload))), strict=True)
         return Recording.of_tokens(
             header,

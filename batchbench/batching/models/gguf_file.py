@@ -89,10 +89,7 @@ _CONFIG = {
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a GGUF file.
-
-    Raises UsageError, without the name of the file, if it is damaged, or a package is missing.
-    """
+    """Read and check the header of a GGUF file; an error does not have the file's name."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(f"needs {' and '.join(missing)}; type pip install 'batchbench-llm[gguf]'")
@@ -128,8 +125,7 @@ class _Reader:
     def file(self) -> GgufFile:
         if self._size < 24 or self._take(4) != b"GGUF":
             raise UsageError("is a file but not GGUF; give a checkpoint's folder or a *.gguf file")
-        version = self._number("I")
-        if version not in (2, 3):
+        if (version := self._number("I")) not in (2, 3):
             raise UsageError(f"has GGUF version {version}; versions 2 and 3 are read")
         tensors, count = self._number("Q"), self._number("Q")
         if max(tensors, count) > _MOST_ENTRIES:
@@ -167,10 +163,8 @@ class _Reader:
             largest = max(largest, elements)
         begin = -(-self._read // alignment) * alignment
         if begin + end > self._size:
-            raise UsageError(
-                f"is cut off: its tensors need {begin + end:,} bytes and it has {self._size:,}; "
-                "fetch it again"
-            )
+            sizes = f"its tensors need {begin + end:,} bytes and it has {self._size:,}"
+            raise UsageError(f"is cut off: {sizes}; fetch it again")
         formats = [name for name, _ in weights.most_common()]
         return GgufFile(self._path, settings, names, formats, largest)
 

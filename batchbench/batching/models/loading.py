@@ -239,10 +239,8 @@ def _check_room(source: Source, spec: ModelSpec, dtype: torch.dtype, device: tor
         on_host += 8 * source.gguf.largest
     for where, needed in ((torch.device("cpu"), on_host), (device, parameters * dtype.itemsize)):
         if needed > (room := free_bytes(where)):
-            raise UsageError(
-                f"--model {spec.model}: its weights need {needed / 2**30:.1f} GiB and {where} has "
-                f"{room / 2**30:.1f} GiB free; choose a smaller model"
-            )
+            sizes = f"need {needed / 2**30:.1f} GiB and {where} has {room / 2**30:.1f} GiB free"
+            raise UsageError(f"--model {spec.model}: its weights {sizes}; choose a smaller model")
 
 
 def model_config(source: Source) -> Any:
@@ -322,7 +320,6 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
     for keys, what in ((missing, "lacks"), (mismatched, "has the wrong shape of")):
         if keys:
             first = min(key if isinstance(key, str) else str(key[0]) for key in keys)
-            raise UsageError(
-                f"--model {spec.model}: the checkpoint {what} {first}, named by its configuration"
-            )
+            why = f"the checkpoint {what} {first}, named by its configuration"
+            raise UsageError(f"--model {spec.model}: {why}")
     return module

@@ -24,9 +24,7 @@ from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.settings import setting
 
-_PANEL = "Model"
-
-DEVICES = "auto, cuda, cuda:N, mps or cpu"
+_PANEL, DEVICES = "Model", "auto, cuda, cuda:N, mps or cpu"
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,8 @@ class Source:
 
     @property
     def context(self) -> int | None:
-        context = self.config.get("n_positions") or self.config.get("max_position_embeddings")
-        return None if context is None else int(context)
+        context: int | None = self.config.get("n_positions")
+        return context or self.config.get("max_position_embeddings")
 
     @property
     def vocab_size(self) -> int:
@@ -138,9 +136,8 @@ class Source:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         eos = self.config.get("eos_token_id")
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        tokens = eos if isinstance(eos, list) else [eos]
+        return tuple(token for token in tokens if token is not None)
 
 
 @contextmanager
@@ -153,10 +150,7 @@ def _named(model: str) -> Iterator[None]:
 
 
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
-    """Decide where the model comes from; without ``weights`` only its configuration is needed.
-
-    Raises UsageError if there is no such model, or its folder is not a checkpoint.
-    """
+    """Decide where the model comes from; without ``weights`` only its configuration is needed."""
     with _named(spec.model):
         return _find(spec, weights and spec.load_format != "dummy")
 
@@ -191,19 +185,15 @@ def _from_folder(folder: Path, name: str, trained: bool) -> Source:
         return Source(name, "dummy", config, folder, f"{name}: dummy weights, shape of {folder}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise UsageError(
-            "holds no *.safetensors file (other formats are not loaded); add --load-format dummy "
-            "for random weights of its shape"
-        )
+        raise UsageError("holds no *.safetensors file; add --load-format dummy for random weights")
     _check_index(folder)
     for file in files:
         try:
             with safe_open(file, framework="np"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise UsageError(
-                f"{file.name} is cut off or not a safetensors file ({error}); fetch it again"
-            ) from error
+            why = f"is cut off or not a safetensors file ({error}); fetch it again"
+            raise UsageError(f"{file.name} {why}") from error
     return Source(name, "pretrained", config, folder, f"{name}: pretrained weights from {folder}")
 
 
@@ -252,10 +242,8 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
 
     patterns = ["*.json", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, local_files_only=local, allow_patterns=patterns
-            )
+        folder = snapshot_download(
+            hub_id, revision=revision, local_files_only=local, allow_patterns=patterns
         )
     except HFValidationError as error:
         raise UsageError("is neither a folder nor a hub id") from error
@@ -263,15 +251,13 @@ def _snapshot(hub_id: str, revision: str | None, weights: bool, *, local: bool) 
         return None
     except (HfHubHTTPError, OSError) as error:
         raise UsageError(f"the download failed ({error}); try again") from error
-    whole = not (local and weights) or any(folder.glob("*.safetensors"))
-    return folder if whole and (folder / "config.json").exists() else None
+    place = Path(folder)
+    whole = not (local and weights) or any(place.glob("*.safetensors"))
+    return place if whole and (place / "config.json").exists() else None
 
 
 def _ask_hub(hub_id: str, revision: str | None) -> str | None:
-    """Return the reason why the hub cannot give the model; None if it can.
-
-    The call takes at most :data:`REACH_S` seconds.
-    """
+    """Return the reason why the hub cannot give the model, if any, in at most ``REACH_S``."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -376,10 +362,8 @@ def _check_index(folder: Path) -> None:
         raise UsageError(f"its {file.name} has no weight_map; fetch it again")
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            raise UsageError(
-                f"its {file.name} names {name[:80]}, which is not a safetensors file in its "
-                "folder; nothing outside the folder is read"
-            )
+            why = "no safetensors file in its folder; nothing outside the folder is read"
+            raise UsageError(f"its {file.name} names {name[:80]}, {why}")
         if not (folder / name).is_file():
             raise UsageError(f"lacks {name}, named by its {file.name}")
 
@@ -402,10 +386,7 @@ class Tokenizer:
 
 
 def find_tokenizer(place: Path | None) -> Tokenizer | None:
-    """Return the tokenizer in a checkpoint's folder or a GGUF file, if it has one.
-
-    Raises UsageError if its file is damaged.
-    """
+    """Return the tokenizer in a checkpoint's folder or a GGUF file, if there is one."""
     if place is None:
         return None
     if place.is_file():
@@ -433,10 +414,8 @@ def find_tokenizer(place: Path | None) -> Tokenizer | None:
             lambda: slow,
         )
     except Exception as error:  # the libraries raise plain Exception for a damaged file
-        raise UsageError(
-            f"{place}: its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}; "
-            "fetch it again"
-        ) from error
+        why = f"its tokenizer (tokenizer.json or vocab.json) cannot be read: {error}"
+        raise UsageError(f"{place}: {why}; fetch it again") from error
 
 
 def _transformers_tokenizer(place: Path) -> Any:
@@ -458,10 +437,8 @@ def encoder(tokenizer: Tokenizer | None, *, chat: bool) -> Callable[[str], list[
     if not chat:
         return tokenizer.encode if tokenizer else None
     if tokenizer is None:
-        raise UsageError(
-            "--chat-template: no tokenizer is known; choose a model that has one, or with --target "
-            "give --tokenizer"
-        )
+        hint = "choose a model that has one, or with --target give --tokenizer"
+        raise UsageError(f"--chat-template: no tokenizer is known; {hint}")
     encode = tokenizer.encode
     try:
         whole = tokenizer.whole()

@@ -143,22 +143,15 @@ class Served:
     def _recording(self, workload: Workload, played: Played, trial: int) -> Recording:
         name, version, replies = self.dialect.name, self.dialect.version, played.replies
         ids = [reply.token_ids for reply in replies if reply.token_ids is not None]
-        header = Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self.slots,
-            simulated=False,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about={
-                "engine": f"{name} {version}" if version else name,
-                "client": asdict(played.lag),
-                "assumed_times": sum(not reply.itl_known for reply in replies),
-                "prompt_tokens_by_server": _sum([reply.usage_input for reply in replies]),
-                **({"clients": played.clients} if played.clients else {}),
-            },
-        )
+        about = {
+            "engine": f"{name} {version}" if version else name,
+            "client": asdict(played.lag),
+            "assumed_times": sum(not reply.itl_known for reply in replies),
+            "prompt_tokens_by_server": _sum([reply.usage_input for reply in replies]),
+            **({"clients": played.clients} if played.clients else {}),
+        }
         return Recording.of_tokens(
-            header,
+            Header.of(self.name, trial, self.slots, workload, about),
             workload,
             ids if len(ids) == len(replies) else None,
             [times.tolist() for times in played.times_ns],

@@ -73,14 +73,7 @@ class Context:
         """Return the header of a trial's recording; ``about`` has facts for the result."""
         from batchbench.batching.recording import Header
 
-        return Header(
-            strategy=self.name,
-            trial=trial,
-            slots=self.slots,
-            simulated=False,
-            workload={"name": workload.name, "seed": workload.seed, "digest": workload.digest},
-            about=about,
-        )
+        return Header.of(self.name, trial, self.slots, workload, about)
 
 
 @dataclass(frozen=True)
@@ -97,11 +90,7 @@ class PlugIn:
         return self.package == _US
 
     def make(self, context: Context) -> Strategy:
-        """Import the factory and call it.
-
-        Raises:
-            UsageError: it cannot be imported, or it does not return a strategy.
-        """
+        """Import the factory and call it; raise UsageError if it returns no strategy."""
         try:
             strategy: Any = pkgutil.resolve_name(self.target)(context)
         except (BatchbenchError, KeyboardInterrupt, MemoryError):
@@ -139,27 +128,21 @@ OURS: Mapping[str, PlugIn] = {
 
 
 def find(name: str) -> PlugIn:
-    """Return the plug-in of this name, without importing it.
-
-    Raises:
-        UsageError: there is none, or two packages have one of this name.
-    """
+    """Return the one plug-in of this name, without importing it; else raise UsageError."""
     if name in OURS:
         return OURS[name]
     found = [plug_in for plug_in in registered() if plug_in.name == name]
-    if len(found) > 1:
+    if len(found) == 1:
+        return found[0]
+    if found:
         both = " and ".join(plug_in.package for plug_in in found)
-        raise UsageError(
-            f"--strategy {shown(name)}: {both} both have a strategy of this name; uninstall one"
-        )
-    if not found:
+        why = f"{both} both have a strategy of this name; uninstall one"
+    else:
         near = difflib.get_close_matches(name, [*POLICIES, *OURS], 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(
-            f"--strategy {shown(name)}: no such strategy; {hint}--strategy help lists all; a class "
-            "of yours is package.module:Class"
-        )
-    return found[0]
+        why = f"no such strategy; {hint}--strategy help lists all; a class of yours is "
+        why += "package.module:Class"
+    raise UsageError(f"--strategy {shown(name)}: {why}")
 
 
 def registered() -> list[PlugIn]:

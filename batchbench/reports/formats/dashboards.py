@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,24 +59,21 @@ def measures(result: Result) -> list[Measure]:
     return [measure for name in result.names for measure in _of_strategy(result, name)]
 
 
-def _with_prefixes(shown: Sequence[Labelled]) -> Iterator[tuple[Result, str]]:
-    """Yield each result with the prefix of its names, which is empty for a single result.
-
-    A dashboard identifies a curve by its name, so the folder of a run, which has the time of day in
-    it, must not be part of it.
-    """
-    return ((one.result, f"{one.label}/" if len(shown) > 1 else "") for one in shown)
-
-
 def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
-    strategy: Any = result.data["strategies"][name]
+    strategy = result.data["strategies"][name]
     for part, metric, unit, bigger in _METRICS:
         value = (strategy[part] or {}).get(metric)
-        if value is not None and part == "summary":
-            trials = [trial.get(metric) for trial in strategy["trials"]]
-            yield Measure(name, metric, unit, bigger, float(value), *_range(value, trials))
-        elif value is not None:
-            yield Measure(name, metric, unit, bigger, value)  # exact: any difference is a change
+        if value is None:
+            continue
+        trials = [trial.get(metric) for trial in strategy["trials"]] if part == "summary" else []
+        known = [float(trial) for trial in trials if trial is not None]
+        if len(known) < 2:  # of a count, any difference is a change
+            yield Measure(name, metric, unit, bigger, value)
+            continue
+        # A percentile of the pooled latencies is interpolated and may lie outside the trials'.
+        low, high = min(value, *known), max(value, *known)
+        spread = float(np.std(known, ddof=1))
+        yield Measure(name, metric, unit, bigger, float(value), low, high, spread)
     for comparison in result.data["comparisons"]:
         if comparison["candidate"] == name:
             low, high = comparison["speedup"]["ci95"] or (None, None)
@@ -85,13 +82,13 @@ def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
                 yield Measure(name, "efficiency", "×", True, comparison["efficiency"])
 
 
-def _range(value: float, trials: Sequence[Any]) -> tuple[float | None, float | None, float | None]:
-    """Return lowest, highest and standard deviation of the trials; None for fewer than two."""
-    known = [float(trial) for trial in trials if trial is not None]
-    if len(known) < 2:
-        return None, None, None
-    # A percentile of the pooled latencies is interpolated and may lie outside those of the trials.
-    return min(value, *known), max(value, *known), float(np.std(known, ddof=1))
+def _with_prefixes(shown: Sequence[Labelled]) -> Iterator[tuple[Result, str]]:
+    """Yield each result with the prefix of its names, which is empty for a single result.
+
+    A dashboard identifies a curve by its name, so the folder of a run, which has the time of day in
+    it, must not be part of it.
+    """
+    return ((one.result, f"{one.label}/" if len(shown) > 1 else "") for one in shown)
 
 
 def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
@@ -108,11 +105,11 @@ def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
         for measure in measures(result):
             if measure.higher_is_better is not bigger:
                 continue
-            entry = {
+            entry: dict[str, Any] = {
                 "name": f"{prefix}{measure.strategy}.{measure.metric}",
                 "unit": measure.unit,
-                "value": measure.value,
             }
+            entry["value"] = measure.value
             if measure.spread is not None:
                 # With its zeros: the action does not read a range of one digit.
                 entry["range"] = f"± {measure.spread:#.6g}"
@@ -135,9 +132,25 @@ def render_bencher(shown: Sequence[Labelled]) -> str:
 def render_pytest_benchmark(shown: Sequence[Labelled]) -> str:
     """Return all results in one document; machine, commit and time are the first one's."""
     first = shown[0].result.data
+    machine = first["environment"]  # that measured, not the one that writes this
+    commit = machine.get("git_commit") or ""  # of batchbench's checkout; + if it was changed
     document = {
-        "machine_info": _machine(first["environment"]),
-        "commit_info": _commit(first["environment"].get("git_commit")),
+        "machine_info": {
+            "node": machine.get("hostname"),
+            "processor": machine.get("cpu"),
+            "machine": machine.get("gpu") or machine.get("cpu"),
+            "python_version": machine.get("python"),
+            "system": machine.get("os"),
+            "cpu": {"brand_raw": machine.get("cpu"), "count": machine.get("cpu_cores")},
+        },
+        "commit_info": {
+            "id": commit.rstrip("+") or "unversioned",
+            "time": None,
+            "author_time": None,
+            "dirty": commit.endswith("+"),
+            "project": "batchbench",
+            "branch": "(unknown)",
+        },
         "benchmarks": [
             _benchmark(result, name, prefix)
             for result, prefix in _with_prefixes(shown)
@@ -147,30 +160,6 @@ def render_pytest_benchmark(shown: Sequence[Labelled]) -> str:
         "version": f"batchbench {first['batchbench_version']}",
     }
     return json.dumps(document, indent=4, allow_nan=False) + "\n"
-
-
-def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the machine that measured, not the one that writes this."""
-    return {
-        "node": environment.get("hostname"),
-        "processor": environment.get("cpu"),
-        "machine": environment.get("gpu") or environment.get("cpu"),
-        "python_version": environment.get("python"),
-        "system": environment.get("os"),
-        "cpu": {"brand_raw": environment.get("cpu"), "count": environment.get("cpu_cores")},
-    }
-
-
-def _commit(commit: str | None) -> dict[str, Any]:
-    """Return the commit of batchbench's checkout; a ``+`` behind it says that it was changed."""
-    return {
-        "id": commit.rstrip("+") if commit else "unversioned",
-        "time": None,
-        "author_time": None,
-        "dirty": commit is not None and commit.endswith("+"),
-        "project": "batchbench",
-        "branch": "(unknown)",
-    }
 
 
 def _benchmark(result: Result, name: str, prefix: str) -> dict[str, Any]:

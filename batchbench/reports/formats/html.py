@@ -22,6 +22,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
@@ -34,16 +35,13 @@ from batchbench.reports.formats import terminal
 from batchbench.reports.occupancy import Holdings, levels_of
 from batchbench.reports.result import Result
 from batchbench.reports.served import agreement_words, server_lines
-from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
+from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide, flat_settings, spell_name
 from batchbench.reports.statistics import Distribution, Floats
 from batchbench.reports.text import clean_text, number, percent, spell_setting
 from batchbench.reports.time_budget import NAMES
 
-MOST_BARS = 12_000
-"""Bars of all timelines of a page together: 2 MB at most."""
-
-FEWEST_BARS = 200
-"""Bars that each timeline may have, for any number of timelines."""
+MOST_BARS, FEWEST_BARS = 12_000, 200
+"""Bars of all timelines of a page together (2 MB), and of each timeline at least."""
 
 SCALE = 10_000
 """Width and height of a chart's box; a unit is smaller than a pixel of any screen."""
@@ -53,6 +51,9 @@ MOST_SLOTS = 64
 
 MOST_STEPS = 400
 """Corners of a curve: more are narrower than a pixel."""
+
+_EMPTY = ("N/A", "no", "0", "")
+"""Values of settings that the page leaves out."""
 
 _RIM = 0.008
 """Bars wider than this share of the window get a rim, which would hide narrower ones."""
@@ -70,19 +71,14 @@ def render(shown: Sequence[Labelled]) -> str:
     timelines = sum(len(one.result.names) for one in shown)
     most_bars = max(FEWEST_BARS, MOST_BARS // timelines)
     together = SideBySide(shown) if len(shown) > 1 else None
-    most = max((line.throughput or 0.0 for line in together.lines), default=0) if together else 0
-    title = " · ".join(one.label for one in shown) if together else shown[0].result.title
-    return (
-        _environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=clean_text(title),
-            together=together,
-            head=HEAD,
-            most_throughput=most or 1.0,
-            results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
-            version=shown[0].result.data["batchbench_version"],
-        )
+    page = _environment().get_template("page.html.jinja")
+    title = " · ".join(together.labels) if together else shown[0].result.title
+    return page.render(
+        title=clean_text(title),
+        together=together,
+        head=HEAD,
+        results=[_of_result(i, one, most_bars) for i, one in enumerate(shown)],
+        version=shown[0].result.data["batchbench_version"],
     )
 
 
@@ -107,29 +103,22 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
     strategies = name_strategies(result.recordings)
     timelines, window, ticks, unit = draw_timelines(strategies, most_bars)
     levels, level_ticks = draw_levels(strategies)
-    head, rows = terminal.cells(result)
+    head, rows, notes = terminal.figures(result)
     budgets = budgets_of(strategies) if data.get("explain") else []
     longest = max((budget.wall_s for _, budget in budgets), default=0.0) or 1.0
     return {
         "id": f"r{index}",
         "label": one.label,
-        "title": result.title,
+        "result": result,
         "data": data,
         "sentence": capitalize(terminal.sentence(result, reasons=False)),
         "causes": terminal.causes(result) if budgets else [],
-        "names": result.names,
         "called": [result.label(name) for name in result.names],
-        "served": result.served,
         "agreement": agreement_words(data, agreed) if (agreed := data.get("agreement")) else "",
         "strategies": strategies,
         "head": head,
         "rows": rows,
-        "notes": terminal.notes(result),
-        "lines": [
-            *server_lines(data),
-            *terminal.floor_lines(result),
-            *terminal.stall_lines(result),
-        ],
+        "notes": [*notes, *server_lines(data), *terminal.step_lines(result)],
         "timelines": timelines,
         "left_out": _left_out(result, timelines, window),
         "axis": {"window": window / 1000, "unit": unit.ns / 1000, "name": unit.name},
@@ -146,12 +135,12 @@ def _of_result(index: int, one: Labelled, most_bars: int) -> dict[str, Any]:
         "longest_s": longest,
         "unit": Unit.of(strategies, longest * 1e9),
         "prediction": terminal.prediction_lines(result),
-        "settings": _settings(data["config"]),
-        "environment": _environment_rows(data),
+        "settings": [row for row in _settings(data, "config") if row[1] not in _EMPTY],
+        "environment": _settings(data, "environment", "model"),
     }
 
 
-def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> str:
+def _left_out(result: Result, timelines: Sequence[Mapping[str, Any]], window: float) -> str:
     if result.served:
         return "A server does not tell which request is in which slot of its batch."
     sentences = [
@@ -159,37 +148,28 @@ def _left_out(result: Result, timelines: Sequence[Timeline], window: float) -> s
         for name, trials in result.recordings.items()
         if not trials[0].has_steps
     ]
-    slots = max((timeline.slots for timeline in timelines), default=0)
+    slots = max((timeline["slots"] for timeline in timelines), default=0)
     if slots > MOST_SLOTS:
         sentences.append(f"Only slots 0 to {MOST_SLOTS - 1} of {slots:,} are shown.")
-    if any(timeline.end_at is None for timeline in timelines):
-        longest = max(r.duration_ns for trials in result.recordings.values() for r in trials)
-        shown = window / longest
-        part = percent(shown) if shown >= 0.01 else "less than 1%"
+    if any(timeline["end_at"] is None for timeline in timelines):
+        shown = window / max(r.duration_ns for trials in result.recordings.values() for r in trials)
         sentences.append(
-            f"Only the beginning is shown, {part} of the time: "
+            f"Only the beginning is shown, "
+            f"{percent(shown) if shown >= 0.01 else 'less than 1%'} of the time: "
             f"all {result.data['workload']['num_requests']:,} requests are in requests.csv."
         )
     return " ".join(sentences)
 
 
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings that are not at their empty default; of a server only those it has."""
-    unused = OWN_ENGINE if "target" in config else ()
+def _settings(data: Mapping[str, Any], *parts: str) -> list[tuple[str, str]]:
+    """Return settings in words, without those of an engine of ours if it is a server's result."""
+    unused = OWN_ENGINE if "target" in data["config"] else ()
     return [
-        (name.replace("_", " "), spell_setting(value))
-        for part in config.values()
-        for name, value in (part.items() if isinstance(part, Mapping) else ())
-        if value not in (None, [], False, "") and name not in unused
+        (spell_name(name), spell_setting(value))
+        for part in parts
+        for name, value in flat_settings(part, data[part])
+        if name.rpartition(".")[2] not in unused
     ]
-
-
-def _environment_rows(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    environment = data["environment"]
-    rows = [(name, value) for name, value in environment.items() if not isinstance(value, Mapping)]
-    rows += list(environment.get("packages", {}).items())
-    rows += [(f"model {name}", value) for name, value in data["model"].items()]
-    return [(name.replace("_", " "), spell_setting(value)) for name, value in rows]
 
 
 # Charts
@@ -205,50 +185,21 @@ class Shape(NamedTuple):
     path: str
 
 
-class Timeline(NamedTuple):
-    name: str
-    series: int
-    rows: int
-    slots: int
-    end: str
-    end_at: float | None  # share of the window; None where it ends beyond
-    shapes: tuple[Shape, ...]
-    columns: dict[str, Any]  # of the requests shown, for hovering; times in µs
-
-
-class Curves(NamedTuple):
-    title: str
-    about: str
-    shapes: tuple[Shape, ...]
-    ticks: tuple[Tick, ...]
-
-
-class SlotLevels(NamedTuple):
-    name: str
-    series: int
-    slots: int
-    most_waiting: int
-    slot_shapes: tuple[Shape, ...]
-    queue_shapes: tuple[Shape, ...]
-
-
 def nice_ticks(until: float, unit: str, most: int = 5) -> tuple[Tick, ...]:
     """Return round numbers from 0 to ``until``, at most ``most`` + 1; the last has the unit."""
     if not until > 0:
         return (Tick(0.0, f"0 {unit}"),)
-    rough = until / most
-    size: float = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * (1 - 1e-9))
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    values = [i * step for i in range(int(until / step + 1e-9) + 1)]
+    values = np.asarray(MaxNLocator(most, steps=[1, 2, 5, 10]).tick_values(0, until))
+    values = values[values <= until * (1 + 1e-9)]
+    decimals = max(0, -math.floor(math.log10(values[1]) + 1e-9))
     texts = ["0", *(f"{value:,.{decimals}f}" for value in values[1:])]
     texts[-1] += f" {unit}"
-    return tuple(Tick(v / until, text) for v, text in zip(values, texts, strict=True))
+    return tuple(Tick(float(v) / until, text) for v, text in zip(values, texts, strict=True))
 
 
 def draw_timelines(
     strategies: Sequence[Strategy], most_bars: int
-) -> tuple[list[Timeline], float, tuple[Tick, ...], Unit]:
+) -> tuple[list[dict[str, Any]], float, tuple[Tick, ...], Unit]:
     """Return a timeline per strategy that logs steps, their window in ns, its ticks and unit."""
     strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
     if not strategies:
@@ -260,7 +211,7 @@ def draw_timelines(
     return timelines, window, nice_ticks(window / unit.ns, unit.name), unit
 
 
-def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> Timeline:
+def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> dict[str, Any]:
     recording, end = strategy.typical, strategy.typical.duration_ns
     rows = min(recording.header.slots, MOST_SLOTS)
     bars = Bars.of(recording, window, rows, middle)
@@ -275,19 +226,20 @@ def _timeline(strategy: Strategy, window: float, middle: float, unit: Unit) -> T
         shapes.append(boxes(f"{look} rim", held.admitted, held.done, chosen & wide))
         shapes.append(boxes(look, held.admitted, held.done, chosen & ~wide))
     shapes.append(boxes("prompt", held.admitted, held.first, held.first > held.admitted))
-    return Timeline(
-        name=strategy.name,
-        series=strategy.index,
-        rows=rows,
-        slots=recording.header.slots,
-        end=unit.text(end),
-        end_at=end / window if end <= window else None,
-        shapes=tuple(shape for shape in shapes if shape.path),
-        columns=_columns(recording, held),
-    )
+    return {
+        "name": strategy.name,
+        "series": strategy.index,
+        "rows": rows,
+        "slots": recording.header.slots,
+        "end": unit.text(end),
+        "end_at": end / window if end <= window else None,  # a share; None where it ends beyond
+        "shapes": [shape for shape in shapes if shape.path],
+        "columns": _columns(recording, held),  # for hovering
+    }
 
 
 def _columns(recording: Recording, held: Holdings) -> dict[str, Any]:
+    """Return the requests shown, with times in µs."""
     r = recording.requests
     times = {name: getattr(held, name) for name in ("admitted", "first", "done", "freed")}
     times["due"] = r.due_ns[held.request]
@@ -321,7 +273,7 @@ def _down(shares: Floats) -> Ints:
 
 def draw_curves(
     strategies: Sequence[Strategy], latencies: Sequence[Distribution], title: str, about: str
-) -> Curves:
+) -> dict[str, Any]:
     """Return the staircases of one latency in ms; a strategy without any has no curve."""
     longest = max((values.values[-1] for values in latencies if values.count), default=0.0)
     unit = Unit.of(strategies, longest * 1e6)
@@ -334,10 +286,11 @@ def draw_curves(
         steps = "".join(f"H{a}V{b}" for a, b in zip(columns, rows, strict=True))
         look = f"line s{strategy.index} d{strategy.index % 4}"
         shapes.append(Shape(look, f"M{columns[0]} {rows[0]}{steps}H{SCALE}"))
-    return Curves(title, about, tuple(shapes), nice_ticks(longest * 1e6 / unit.ns, unit.name, 4))
+    ticks = nice_ticks(longest * 1e6 / unit.ns, unit.name, 4)
+    return {"title": title, "about": about, "shapes": shapes, "ticks": ticks}
 
 
-def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple[Tick, ...]]:
+def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[dict[str, Any]], tuple[Tick, ...]]:
     """Return occupancy and queue of each strategy that logs steps, and the ticks of their axis."""
     strategies = [strategy for strategy in strategies if strategy.typical.has_steps]
     if not strategies:
@@ -353,9 +306,15 @@ def draw_levels(strategies: Sequence[Strategy]) -> tuple[list[SlotLevels], tuple
         if levels.finished.any():
             occupied = (levels.running + levels.finished) / slots
             shapes.insert(0, Shape("held", _area(edges, occupied)))
-        queue = Shape("queue", _area(edges, levels.waiting / most))
         drawn.append(
-            SlotLevels(strategy.name, strategy.index, slots, most, tuple(shapes), (queue,))
+            {
+                "name": strategy.name,
+                "series": strategy.index,
+                "slots": slots,
+                "most_waiting": most,
+                "slot_shapes": shapes,
+                "queue_shapes": [Shape("queue", _area(edges, levels.waiting / most))],
+            }
         )
     return drawn, nice_ticks(until / unit.ns, unit.name)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from batchbench.reports.formats import terminal
-from batchbench.reports.result import Result
 from batchbench.reports.served import server_lines
 from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
 
@@ -24,9 +23,7 @@ def render(shown: Sequence[Labelled], pictures: Sequence[Mapping[str, str]]) -> 
     Args:
         pictures: of each result, paths by the picture's name, as seen from the document.
     """
-    lines: list[str] = []
-    if len(shown) > 1:
-        lines += _together(SideBySide(shown))
+    lines = list(_together(SideBySide(shown))) if len(shown) > 1 else []
     for one, paths in zip(shown, pictures, strict=True):
         lines += _of_result(one, paths, several=len(shown) > 1)
     return "\n".join(lines).rstrip() + "\n"
@@ -37,7 +34,7 @@ def _together(together: SideBySide) -> Iterator[str]:
     if together.settings:
         head = ["Differs", *together.labels]
         yield from table(head, together.settings, left=len(head))
-    yield from table(HEAD, [line.cells for line in together.lines], left=2)
+    yield from table(HEAD, together.rows, left=2)
 
 
 def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> Iterator[str]:
@@ -47,23 +44,18 @@ def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> 
     yield f"**{escape(terminal.sentence(result))}**\n"
     for line in (result.title, *terminal.causes(result), *server_lines(result.data)):
         yield f"{escape(line)}\n"
-    yield from table(*terminal.cells(result), left=2)
-    for line in ("; ".join(terminal.notes(result)), *terminal.prediction_lines(result)):
-        yield from (f"{escape(line)}\n",) if line else ()
+    head, rows, notes = terminal.figures(result)
+    yield from table(head, rows, left=2)
+    for line in filter(None, ("; ".join(notes), *terminal.prediction_lines(result))):
+        yield f"{escape(line)}\n"
     for name, path in pictures.items():
         yield f"![{_TITLES[name]}]({quote(path)})\n"
-    yield from _again(result)
-
-
-def _again(result: Result) -> Iterator[str]:
-    data = result.data
-    packages = data["environment"].get("packages", {})
-    versions = ", ".join(f"{name} {version}" for name, version in packages.items())
-    machine = data["environment"].get("gpu") or data["environment"].get("cpu") or "N/A"
-    software = f"batchbench {data['batchbench_version']}, {versions or 'packages N/A'}"
+    data, machine = result.data, result.data["environment"]
+    packages = [f"{name} {version}" for name, version in machine.get("packages", {}).items()]
+    software = ", ".join([f"batchbench {data['batchbench_version']}", *packages])
     yield "<details><summary>Run it again</summary>\n"
     yield from (*fenced(data["command"]), "")
-    yield f"{escape(f'{machine}; {software}')}\n"
+    yield f"{escape(machine.get('gpu') or machine.get('cpu') or 'N/A')}; {escape(software)}\n"
     yield "</details>\n"
 
 

@@ -135,7 +135,7 @@ def _other_candidates(result: Result) -> str:
 
 
 def _latency(result: Result) -> str:
-    rate: Any = result.data["workload"]["arrival_rate"]
+    rate = result.data["workload"]["arrival_rate"]
     strategies = result.data["strategies"]
     baseline, *others, candidate = result.names
     order = (candidate, baseline, *others)
@@ -166,8 +166,7 @@ def _outputs(checked: Mapping[str, Any], *, served: bool) -> str:
 
 def causes(result: Result) -> list[str]:
     """Return a line per candidate on where it saved or lost time."""
-    explain: Any = result.data["explain"]
-    comparison = result.data["comparison"]
+    explain, comparison = result.data["explain"], result.data["comparison"]
     interval = comparison["speedup"]["ci95"] if comparison else None
     if interval and interval[0] <= 1 <= interval[1] and not result.data["simulated"]:
         return []  # no difference was shown, so there is none to explain
@@ -208,7 +207,6 @@ def make_table(
     left: int = 1,
     notes: Sequence[str] = (),
     framed: bool = False,
-    total: bool = False,
 ) -> Table:
     """Return a table whose first ``left`` columns are texts and the others numbers.
 
@@ -216,7 +214,6 @@ def make_table(
         head: names of columns; "%" and "Unit" are drawn faintly.
         notes: sentences below the table.
         framed: lines around and between the columns.
-        total: a line above the last row.
     """
     table = Table(
         title=title,
@@ -234,9 +231,7 @@ def make_table(
         text = Text(name.replace("-", "-\n") if i >= left else name)
         justify: Any = "left" if i < left else "right"
         table.add_column(text, justify=justify, style=style, overflow="fold")
-    for i, row in enumerate(rows):
-        if total and i == len(rows) - 1:
-            table.add_section()
+    for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
@@ -285,7 +280,6 @@ _COMPARED = (
     _Row("E2E p99", "", "p99_e2el_ms"),
 )
 
-
 _MOST_TELLING = (
     *("output_throughput", "duration", "p99_ttft_ms", "slo_attainment", "request_goodput", _COST),
     *("mean_ttft_ms", "mean_tpot_ms", "p99_e2el_ms", "forward_passes", "utilisation"),
@@ -293,12 +287,6 @@ _MOST_TELLING = (
 )
 MOST_ROWS = 10
 """The rows of a short table: the first ten that are known."""
-
-
-def _short_rows(result: Result) -> list[_Row]:
-    rows = {row.metric: row for row in _rows_of(result)}
-    chosen = [metric for metric in _MOST_TELLING if metric in rows][:MOST_ROWS]
-    return [row for metric, row in rows.items() if metric in chosen]
 
 
 def _rows_of(result: Result) -> list[_Row]:
@@ -328,18 +316,26 @@ def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
     return 100 * value if value is not None and row.unit == "%" else value
 
 
-def cells(
-    result: Result, *, rows: Sequence[_Row] | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """Return the main table as text: its head, and a row per metric; of two also their ratio."""
-    strategies, names = result.data["strategies"], result.names
+def figures(
+    result: Result, *, verbose: bool = True
+) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return the main table as text: its head, a row per metric, and notes on the numbers.
+
+    Of two strategies it also has their ratio. It is short unless it is ``verbose``.
+    """
+    strategies, names, shown = result.data["strategies"], result.names, _rows_of(result)
+    if not verbose:
+        known = {row.metric for row in shown}
+        telling = [metric for metric in _MOST_TELLING if metric in known][:MOST_ROWS]
+        shown = [row for row in shown if row.metric in telling]
     labels, two = [result.label(name) for name in names], len(names) == 2
-    lines = []
-    for row in _rows_of(result) if rows is None else rows:
+    rows = []
+    for row in shown:
         values = [number(_value(strategies[name], row)) for name in names]
         ratio = [_ratio(result, row, *names)] if two else []
-        lines.append([row.label, row.unit, *values, *ratio])
-    return ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])], lines
+        rows.append([row.label, row.unit, *values, *ratio])
+    head = ["Metric", "Unit", *labels, *([f"÷ {labels[0]}"] if two else [])]
+    return head, rows, [*_notes(result), *(row.note for row in shown if row.note)]
 
 
 def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
@@ -352,8 +348,7 @@ def _ratio(result: Result, row: _Row, baseline: str, name: str) -> str:
     return times(above / below if above and below else None)
 
 
-def notes(result: Result, *, rows: Sequence[_Row] | None = None) -> list[str]:
-    """Return what a reader should know of the numbers and rows of the main table."""
+def _notes(result: Result) -> list[str]:
     strategies, trials = result.data["strategies"], len(result.recordings[result.names[0]])
     lines = []
     if result.data["simulated"]:
@@ -369,14 +364,13 @@ def notes(result: Result, *, rows: Sequence[_Row] | None = None) -> list[str]:
     classes = strategies[result.names[0]]["by_output_length"]
     if result.served and all(length["mean_slowdown"] is None for length in classes):
         lines.append("each output came at once: ITL, TPOT and E2E ÷ unloaded are not known")
-    return lines + [row.note for row in rows or _rows_of(result) if row.note]
+    return lines
 
 
 def table(result: Result, *, verbose: bool = True) -> Table:
-    chosen = _rows_of(result) if verbose else _short_rows(result)
-    head, rows = cells(result, rows=chosen)
-    few, below = len(result.names) < 3, notes(result, rows=chosen)
-    return make_table(result.title, head, rows, left=2, notes=below, framed=few)
+    head, rows, notes = figures(result, verbose=verbose)
+    framed = len(result.names) < 3
+    return make_table(result.title, head, rows, left=2, notes=notes, framed=framed)
 
 
 def comparisons(result: Result) -> Table:
@@ -414,13 +408,11 @@ def time_budget_table(result: Result) -> Table:
             row.append(fixed(seconds[0] - seconds[1], decimals, sign="+"))
         rows.append(row)
     columns = [head for name in budgets for head in ([name, "%"] if shares else [name])]
-    return make_table(
-        "Where the time went, in seconds",
-        ["Part", *columns, *(["saved"] if saved else [])],
-        rows,
-        notes=_budget_notes(result),
-        total=True,
-    )
+    head, title = ["Part", *columns, *["saved"] * saved], "Where the time went, in seconds"
+    table = make_table(title, head, rows, notes=_budget_notes(result))
+    for row_above in table.rows[-2:-1]:
+        row_above.end_section = True  # a line above the total
+    return table
 
 
 def _budget_notes(result: Result) -> list[str]:
@@ -439,21 +431,8 @@ def _budget_notes(result: Result) -> list[str]:
 # Lines below the tables
 
 
-def stall_lines(result: Result) -> list[str]:
-    lines = []
-    for name in result.names:
-        for stall in result.data["strategies"][name]["stalls"][:1]:
-            requests = plural(stall["requests"], "request")
-            during = "" if stall["step"] is None else f"step {stall['step']:,}, which computed a "
-            lines.append(
-                f"Longest gap between two tokens, {result.label(name)}: "
-                f"{number(stall['gap_ms'])} ms for {requests}, during {during}{stall['cause']}."
-            )
-    return lines
-
-
-def floor_lines(result: Result) -> list[str]:
-    """Return how close each strategy's decode steps come to the memory bandwidth, if known."""
+def step_lines(result: Result) -> list[str]:
+    """Return each strategy's decode step beside the limit of the memory, and its longest gap."""
     lines = []
     for name in result.names:
         step = result.data["strategies"][name].get("decode_step")
@@ -464,6 +443,14 @@ def floor_lines(result: Result) -> list[str]:
                 f"Decode step, {name}: {number(step['took_ms'])} ms for {rows}, {share} of the "
                 f"memory-bandwidth limit: reading its {read:,.0f} MB at {speed} GB/s takes "
                 f"{number(step['floor_ms'])} ms."
+            )
+    for name in result.names:
+        for stall in result.data["strategies"][name]["stalls"][:1]:
+            requests = plural(stall["requests"], "request")
+            during = "" if stall["step"] is None else f"step {stall['step']:,}, which computed a "
+            lines.append(
+                f"Longest gap between two tokens, {result.label(name)}: "
+                f"{number(stall['gap_ms'])} ms for {requests}, during {during}{stall['cause']}."
             )
     return lines
 
@@ -513,10 +500,7 @@ def render(result: Result, *, verbose: bool = True) -> RenderableType:
     below = [server_lines(result.data) + _extrapolation(result.data.get("cost"))]
     if verbose:
         parts += [] if result.served else [Text(), time_budget_table(result)]
-        below = [
-            *(server_lines(result.data), floor_lines(result)),
-            *(stall_lines(result), prediction_lines(result)),
-        ]
+        below = [server_lines(result.data), step_lines(result), prediction_lines(result)]
     for lines in below:
         parts += [Text(), *map(Text, lines)] if lines else []
     return Group(*parts)
@@ -530,8 +514,7 @@ def render_side_by_side(together: SideBySide) -> RenderableType:
     # Units stand in the second line of the head; a table of five figures fits into 80 columns.
     head = [name.replace(" (", "\n(") for name in HEAD[:6]]
     rows = []
-    for line in together.lines:
-        label, *cells, status = line.cells
+    for label, *cells, status in together.rows:
         mark = "" if status == "valid" else f" ({status})"
         rows.append([label + mark, *cells[:5]])
     return Group(*parts, make_table("Side by side", head, rows, left=2))

@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,12 @@ def write_trace(file: Path, result: Result) -> None:
         UsageError: the file cannot be written.
     """
     try:
-        with replacing(file) as staging, staging.open("wb") as raw:
+        with ExitStack() as stack:
+            raw: Any = stack.enter_context(stack.enter_context(replacing(file)).open("wb"))
             if file.suffix == ".gz":
                 # Without name and time, so that the same trace gives the same bytes.
-                with gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed:
-                    _write(io.TextIOWrapper(packed, encoding="utf-8"), result)
-            else:
-                _write(io.TextIOWrapper(raw, encoding="utf-8"), result)
+                raw = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
+            _write(stack.enter_context(io.TextIOWrapper(raw, encoding="utf-8")), result)
     except OSError as error:
         raise UsageError(f"--trace-out {file}: cannot be written: {reason_of(error)}") from error
 
@@ -74,25 +74,20 @@ def _write(out: io.TextIOWrapper, result: Result) -> None:
         "title": result.title,
         "command": result.data["command"],
         "batchbench_version": result.data["batchbench_version"],
-        **_cut(result),
     }
+    requests = result.data["workload"]["num_requests"]
+    hidden = [name for name, trials in result.recordings.items() if not trials[0].has_steps]
+    left_out = [f"{name}, which logs no steps" for name in hidden]
+    if requests > MOST_REQUESTS:
+        left_out.append(f"all but the first {MOST_REQUESTS} of {requests} requests to be admitted")
+    if left_out:
+        about["left_out"] = "; ".join(left_out)
     head = json.dumps({"displayTimeUnit": "ms", "otherData": about}, ensure_ascii=False)
     out.write(head.removesuffix("}") + ', "traceEvents": [')
     for i, event in enumerate(trace_events(result)):
         out.write(",\n" if i else "\n")
         out.write(json.dumps(event, ensure_ascii=False, allow_nan=False))
     out.write("\n]}\n")
-    out.flush()
-    out.detach()
-
-
-def _cut(result: Result) -> dict[str, str]:
-    requests = result.data["workload"]["num_requests"]
-    hidden = [name for name, trials in result.recordings.items() if not trials[0].has_steps]
-    left_out = [f"{name}, which logs no steps" for name in hidden]
-    if requests > MOST_REQUESTS:
-        left_out.append(f"all but the first {MOST_REQUESTS} of {requests} requests to be admitted")
-    return {"left_out": "; ".join(left_out)} if left_out else {}
 
 
 def trace_events(result: Result) -> Iterator[dict[str, Any]]:
@@ -121,13 +116,10 @@ def _names(pid: int, name: str, recording: Recording) -> Iterator[dict[str, Any]
 def _slices(pid: int, recording: Recording) -> Iterator[dict[str, Any]]:
     r, held = recording.requests, Holdings.of(recording)
     order = np.argsort(r.admitted, kind="stable")[:MOST_REQUESTS]
-    start = recording.starts_of(r.started)
-    times = (r.due_ns, held.admitted, start, held.first, held.done, held.freed)
-    columns = (held.request, held.slot, r.prompt_tokens, r.output_tokens, *times)
-    rows = (column[order].tolist() for column in columns)
-    for i, slot, prompt, output, due, admitted, begin, first, done, freed in zip(
-        *rows, strict=True
-    ):
+    start, tokens = recording.starts_of(r.started), (r.prompt_tokens, r.output_tokens)
+    columns = (*tokens, r.due_ns, start, *held)
+    rows = zip(*(column[order].tolist() for column in columns), strict=True)
+    for prompt, output, due, begin, i, slot, admitted, first, done, freed in rows:
         args = {
             "request": i,
             "prompt_tokens": prompt,

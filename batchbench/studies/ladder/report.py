@@ -28,7 +28,6 @@ from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import INK, QUIET
 from batchbench.reports.result import output_digest, recording_files, workload_facts
-from batchbench.reports.result_file import Speedup
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
 from batchbench.reports.text import (
     clean_text,
@@ -174,12 +173,13 @@ def _median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
+def _speedup(
+    baseline: Sequence[Recording] | None, trials: Sequence[Recording]
+) -> dict[str, Any] | None:
     """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None
-    durations = ([trial.duration_ns for trial in rung] for rung in (baseline, trials))
-    ratio = paired_ratio(*durations)
+    ratio = paired_ratio(*([trial.duration_ns for trial in rung] for rung in (baseline, trials)))
     return None if ratio is None else ratio.as_dict()
 
 
@@ -350,10 +350,7 @@ def _fastest(data: Data) -> tuple[Data | None, str]:
     if len(first["trials"]) < FEWEST_PAIRS:
         return None, f"intervals need {FEWEST_PAIRS} rounds"
     for other in others:
-        rates = (
-            [trial["output_throughput"] for trial in rung["trials"]] for rung in (first, other)
-        )
-        lead = paired_ratio(*rates)
+        lead = paired_ratio(_rates(first), _rates(other))
         if lead is None or lead.low is None or lead.low <= 1:
             return None, f"{first['name']} and {other['name']} do not differ clearly"
     return first, ""
@@ -363,20 +360,23 @@ def _throughput(rung: Data) -> float:
     return float(rung["summary"]["output_throughput"])
 
 
+def _rates(rung: Data) -> list[float]:
+    return [trial["output_throughput"] for trial in rung["trials"]]
+
+
 def headline(data: Data) -> str:
     """Return the answer: the fastest rung, if it is known."""
-    rungs = data["rungs"]
     best, why = _fastest(data)
     if best is None:
         return f"No rung is named the fastest, because {why}"
+    text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
+    if len(data["rungs"]) > 1:
+        text = f"{best['name']} is the fastest of {len(data['rungs'])} rungs"
     ratios = " and ".join(
         f"{times(ratio['median'])} as fast as {name}"
         for name, ratio in best["speedup"].items()
         if ratio is not None
     )
-    text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
-    if len(rungs) > 1:
-        text = f"{best['name']} is the fastest of {len(rungs)} rungs"
     return f"{text}, {ratios}" if ratios else text
 
 
@@ -455,8 +455,8 @@ def draw_ladder(data: Data) -> Figure:
             y, colour = head + _ROW * i, _COLOURS[rung["engine"]][1]
             page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
             page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
-            rounds = [trial["output_throughput"] for trial in rung["trials"]]
-            value, step_ms, limits = _throughput(rung), rung["decode_step_ms"], []
+            rounds, value = _rates(rung), _throughput(rung)
+            step_ms, limits = rung["decode_step_ms"], []
             _draw_bar(rates, i, value, colour, f"rate-{i}", spell_number(value), max(rounds))
             rates.scatter(rounds, [i] * len(rounds), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
             if step_ms is not None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from batchbench.errors import UsageError
 from batchbench.workloads.lengths import LONGEST
 from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 
@@ -58,6 +57,10 @@ class InvalidError(ValueError):
         self.kind, self.harmless = kind, harmless
 
 
+class TraceError(ValueError):
+    """A fault that ends the reading of a trace, even if invalid rows are skipped."""
+
+
 Rows = Iterator[tuple[int, T | InvalidError]]
 """Rows or their faults, with their numbers: lines, or elements of a JSON array, from 1."""
 
@@ -66,7 +69,6 @@ Rows = Iterator[tuple[int, T | InvalidError]]
 class Source:
     """A trace that is being read: its text, the options, and what its reader assumed or found."""
 
-    where: str  # the beginning of messages
     text: TextIO
     head: str  # its beginning, which has not been read yet
     encode: Encode
@@ -108,29 +110,19 @@ def lines(source: Source) -> Rows[str]:
         number += 1
         if len(line) > LONGEST_LINE and not line.endswith("\n"):
             yield number, InvalidError(f"is longer than {LONGEST_LINE:,} characters")
-            _skip_line(source, number)
+            rests = (source.text.readline(LONGEST_LINE) for _ in range(4))
+            if not any(not rest or rest.endswith("\n") for rest in rests):
+                raise TraceError(f"line {number}: is longer than {5 * LONGEST_LINE:,} characters")
             continue
         if not line.strip():
             blank += 1
             if blank > MOST_BLANK_LINES:
-                raise UsageError(
-                    f"{source.where}: line {number}: follows {MOST_BLANK_LINES:,} blank lines"
-                )
+                raise TraceError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
             continue
         for before in range(number - blank, number):
             yield before, InvalidError("is blank", "blank lines skipped", harmless=True)
         blank = 0
         yield number, _fault_of(line) or line
-
-
-def _skip_line(source: Source, number: int) -> None:
-    for _ in range(4):
-        rest = source.text.readline(LONGEST_LINE)
-        if not rest or rest.endswith("\n"):
-            return
-    raise UsageError(
-        f"{source.where}: line {number}: is longer than {5 * LONGEST_LINE:,} characters"
-    )
 
 
 _UNDECODED = re.compile("[\udc80-\udcff]")

@@ -31,10 +31,17 @@ document.documentElement.classList.add("js");
     return size * [1, 2, 5, 10].find((m) => size * m >= rough * (1 - 1e-9));
   }
 
-  // The last label must not stand out over the edge of the page.
+  // The last label must not stand out over the edge of the page. Of two that would touch, the later
+  // one is shown; the other keeps its mark.
   function settle(axis) {
-    const labels = axis.querySelectorAll("span");
-    labels.forEach((label) => label.classList.toggle("last", label === labels[labels.length - 1] && labels.length > 1 && parseFloat(label.style.left) > 92));
+    const labels = [...axis.querySelectorAll("span")].reverse();
+    labels.forEach((label, n) => label.classList.toggle("last", n === 0 && labels.length > 1 && parseFloat(label.style.left) > 92));
+    let free = Infinity;
+    labels.forEach((label) => {
+      const box = label.getBoundingClientRect(), crowded = box.right + 8 > free;
+      label.classList.toggle("crowded", crowded);
+      if (!crowded) free = box.left;
+    });
   }
 
   function begin(group) {
@@ -199,6 +206,8 @@ document.documentElement.classList.add("js");
     }));
   }
 
-  document.querySelectorAll(".ticks").forEach(settle);
+  const settleAll = () => document.querySelectorAll(".ticks").forEach(settle);
+  settleAll();
+  addEventListener("resize", settleAll);
   document.querySelectorAll(".timelines").forEach(begin);
 })();
