@@ -320,8 +320,8 @@ class RemoteBench(Bench):
     def server(self) -> ServerFacts:
         """Return the server's facts and its own counts of each finished trial."""
         done = self._counts
-        before = [attempt.before for attempt in chain(*done.values()) if attempt.before]
-        running = [b.running + (b.waiting or 0) for b in before if b.running is not None]
+        before = [attempt.before for attempt in chain(*done.values())]
+        running = [b["running"] + b.get("waiting", 0) for b in before if "running" in b]
         return ServerFacts(
             name=self._dialect.name,
             version=self._dialect.version,
