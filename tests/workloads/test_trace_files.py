@@ -396,7 +396,7 @@ def test_requests_that_fill_the_memory_are_refused(
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     assert refusal(file, AZURE.encode() * 9).startswith(
-        "its first 4 requests fill the memory; take fewer with --queue-size"
+        "its first 5 requests fill the memory; take fewer with --queue-size"
     )
     assert len(read(file, limit=3).prompt_tokens) == 3
 

@@ -229,39 +229,23 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
         f"             {cache}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
-        cached = _mib(card["kv_tokens"] * known["kv_token_bytes"])
-        rows = [
-            (
-                "weights",
-                f"{_mib(known['weight_bytes'])}, {_mib(known['step_weight_bytes'])} of "
-                "them read in each step",
-            ),
-            (
-                "KV",
-                f"{number(known['kv_token_bytes'] / 1024)} KiB per token, {cached} for the "
-                f"{number(card['kv_tokens'])} tokens of {plural(card['rows'], 'request')}",
-            ),
-            (
-                "limit",
-                f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
-                "bandwidth",
-            ),
-            ("products", f"{_ms(known['products_ms'])} ms for the step's matrix products alone"),
-        ]
+        weights, read = _mib(known["weight_bytes"]), _mib(known["step_weight_bytes"])
+        token, cached = number(known["kv_token_bytes"] / 1024), card["kv_tokens"]
+        kept = f"{_mib(cached * known['kv_token_bytes'])} for the {number(cached)} tokens"
+        rows = {
+            "weights": f"{weights}, {read} of them read in each step",
+            "KV": f"{token} KiB per token, {kept} of {plural(card['rows'], 'request')}",
+            "limit": f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
+            "bandwidth",
+            "products": f"{_ms(known['products_ms'])} ms for the step's matrix products alone",
+        }
         if known.get("launching_ms") is not None:  # not on a CPU, nor in an earlier version's file
-            rows += [
-                (
-                    "compute",
-                    f"{number(known['arithmetic_ms'])} ms for them at the rate of a large product",
-                ),
-                (
-                    "launch",
-                    f"{_ms(known['launching_ms'])} ms for as many products with almost no work",
-                ),
-            ]
+            large, launch = number(known["arithmetic_ms"]), _ms(known["launching_ms"])
+            rows["compute"] = f"{large} ms for them at the rate of a large product"
+            rows["launch"] = f"{launch} ms for as many products with almost no work"
         rate = f"{known['ceiling_tokens_per_s']:,.0f} tokens/s"
-        rows.append(("ceiling", f"{rate}, limited by {known['bound']}"))
-        lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows)]
+        rows["ceiling"] = f"{rate}, limited by {known['bound']}"
+        lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows.items())]
     return lines
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ def _read_table(
         yield number, header
     else:
         return
-    where = f"line {number}"
+    where, header = f"line {number}", header.strip()
     try:
         delimiter, names = _columns_of(header)
     except InvalidError as error:
@@ -98,15 +99,15 @@ def _read_table(
         if not count:
             others = ", ".join(columns)
             raise TraceError(f"{where}: lacks the column {column}; the format has {others}")
-    places = [names.index(_plain(column)) for column in columns]
+    cells_of_row = itemgetter(*(names.index(_plain(column)) for column in columns))
 
     def row_of(line: str) -> Row:
-        if line.strip() == header.strip():  # files joined with cat
+        if line.strip() == header:  # files joined with cat
             raise InvalidError("repeats the header", "repeated headers skipped", harmless=True)
         cells = _cells(line, delimiter)
         if len(cells) != len(names):
             raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
-        time, prompt, output = (cells[place] for place in places)
+        time, prompt, output = cells_of_row(cells)
         if columns is BURSTGPT and whole_of(output) == 0:
             raise InvalidError("Response tokens is 0: the request failed", "failed requests")
         return Row(

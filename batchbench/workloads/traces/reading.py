@@ -170,18 +170,22 @@ class _Columns:
         if row.due_ns is not None:
             self.due_ns.append(row.due_ns)
         self.ids.extend(row.ids or ())
-        self.blocks.extend(row.blocks)
-        self.block_counts.append(len(row.blocks))
+        if row.blocks:  # traces without blocks have no such columns
+            self.block_counts.extend(bytes(len(self) - 1 - len(self.block_counts)))
+            self.block_counts.append(len(row.blocks))
+            self.blocks.extend(row.blocks)
 
     def fit_memory(self) -> bool:
         """Return False if the columns are larger than the memory that is left."""
-        size = 32 * len(self) + 4 * len(self.ids) + 8 * len(self.blocks)
+        size = 24 * len(self) + 4 * len(self.ids) + 8 * len(self.blocks)
         if size < self.next_check:
             return True
         self.next_check = size + MEMORY_STEP
         return size < psutil.virtual_memory().available
 
     def trace(self, source: Source, format: str, *, whole: bool) -> Trace:
+        if self.blocks:
+            self.block_counts.extend(bytes(len(self) - len(self.block_counts)))
         prompt, output, due, counts = (
             np.frombuffer(column, np.int64)
             for column in (self.prompt_tokens, self.output_tokens, self.due_ns, self.block_counts)

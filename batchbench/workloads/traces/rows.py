@@ -25,7 +25,7 @@ MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
 
 _MOST_BYTES = 2**26
-"""Maximum memory of the values of one line or element, as :func:`_check_size` estimates it."""
+"""Maximum memory of the values of one line or element, estimated from its signs."""
 
 _CHUNK = 2**17
 
@@ -88,16 +88,13 @@ class Source:
 def parsed(rows: Rows[T], parse: Callable[[T], U | None]) -> Rows[U]:
     """Yield what a function makes of each row: another row, None if it is none, or its fault."""
     for number, row in rows:
-        if isinstance(row, InvalidError):
-            yield number, row
-            continue
+        made: U | InvalidError | None
         try:
-            made = parse(row)
+            made = row if isinstance(row, InvalidError) else parse(row)
         except InvalidError as error:
-            yield number, error
-        else:
-            if made is not None:
-                yield number, made
+            made = error
+        if made is not None:
+            yield number, made
 
 
 # Lines
@@ -190,7 +187,11 @@ class _Parser:
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
         """Return the value at a position and its end; JSONDecodeError if it is not whole."""
-        _check_size(text, at)
+        costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
+        if len(text) - at >= 2**20 and (
+            sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES
+        ):
+            raise InvalidError("is too large: it has too many values")
         self._twice = None
         try:
             return self._decoder.raw_decode(text, at)
@@ -200,15 +201,6 @@ class _Parser:
             raise InvalidError("is not readable JSON: it is nested too deep") from error
         except ValueError as error:  # int() takes at most 4,300 digits
             raise InvalidError("is not readable JSON: a number has too many digits") from error
-
-
-def _check_size(text: str, at: int) -> None:
-    """Raise InvalidError for a text whose values would take too much memory."""
-    if len(text) - at < 2**20:
-        return
-    costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
-    if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
-        raise InvalidError("is too large: it has too many values")
 
 
 class _Document:
@@ -312,7 +304,11 @@ def whole_of(value: object) -> int | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if not isinstance(value, str) or not (match := _WHOLE.fullmatch(value)):
+    if not isinstance(value, str):
+        return None
+    if len(value) <= 20 and value.isascii() and value.isdecimal():  # nearly all cells
+        return int(value)
+    if not (match := _WHOLE.fullmatch(value)):
         return None
     digits = match[1] or "0"
     return int(digits) if len(digits) <= 20 else 10**20
