@@ -11,8 +11,7 @@ import difflib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,19 +139,12 @@ class Source:
         return tuple(token for token in tokens if token is not None)
 
 
-@contextmanager
-def _named(model: str) -> Iterator[None]:
-    """Let the errors of a model begin with its option."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"--model {model}: {error}") from error
-
-
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from; without ``weights`` only its configuration is needed."""
-    with _named(spec.model):
+    try:
         return _find(spec, weights and spec.load_format != "dummy")
+    except UsageError as error:
+        raise UsageError(f"--model {spec.model}: {error}") from error
 
 
 def _find(spec: ModelSpec, trained: bool) -> Source:
@@ -302,12 +294,6 @@ _COUNTS = re.compile(r"(n|num)_\w*(layer|head|expert|block|group|stage|codebook)
 MOST_SIZE, MOST_COUNT = 2**31 - 1, 10_000
 """Largest size and count. The largest known model has 126 layers, 160 experts and 10 million
 positions."""
-
-
-def read_config(model: str, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``; raise UsageError if it cannot describe a model."""
-    with _named(model):
-        return _config_of(folder)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
