@@ -113,7 +113,6 @@ class PlugIn:
 
 
 _US = "batchbench"
-
 _VLLM = "batchbench.batching.strategies.vllm:make"
 
 OURS: Mapping[str, PlugIn] = {
