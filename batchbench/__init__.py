@@ -26,26 +26,17 @@ if TYPE_CHECKING:
 
 __distribution__ = "batchbench-llm"  # tells our package from another project's of the same name
 
-_HOMES = {
-    "BatchbenchError": "errors",
-    "Experiment": "batching.experiment",
-    "ModelSpec": "batching.models.source",
-    "Outcome": "batching.session",
-    "Policy": "batching.policies",
-    "Recording": "batching.recording",
-    "Request": "workloads.request",
-    "Result": "api",
-    "ServingSpec": "batching.experiment",
-    "TrialsSpec": "batching.experiment",
-    "UsageError": "errors",
-    "View": "batching.policies",
-    "Watch": "batching.progress",
-    "Workload": "workloads.request",
-    "WorkloadSpec": "workloads.spec",
-    "conduct": "batching.session",
-    "load": "api",
-    "run": "api",
-    "simulate": "api",
+_NAMES = {
+    "api": ("Result", "load", "run", "simulate"),
+    "batching.experiment": ("Experiment", "ServingSpec", "TrialsSpec"),
+    "batching.models.source": ("ModelSpec",),
+    "batching.policies": ("Policy", "View"),
+    "batching.progress": ("Watch",),
+    "batching.recording": ("Recording",),
+    "batching.session": ("Outcome", "conduct"),
+    "errors": ("BatchbenchError", "UsageError"),
+    "workloads.request": ("Request", "Workload"),
+    "workloads.spec": ("WorkloadSpec",),
 }
 
 __all__ = [
@@ -73,6 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,18 +32,18 @@ GRID = "sweep --simulated --batch-size 1,2,4,8,16,32 --long-every 2,4,8,16 --que
 SWEEPER = """
 import os, sys, time
 from batchbench.cli.main import main
-from batchbench.studies.executors.jobs import Local
+from batchbench.studies.executors.jobs import Executor
 
 log = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 cells = os.path.join(sys.argv[-1], "cells")
-submit = Local.submit
+submit = Executor.submit
 
 def logged(self, job):
     held = os.path.isdir(os.path.join(cells, job.key))
     os.write(log, f"{job.key} {held} {time.monotonic()}\\n".encode())
     submit(self, job)
 
-Local.submit = logged
+Executor.submit = logged
 main()
 """
 

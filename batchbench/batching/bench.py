@@ -15,7 +15,7 @@ from batchbench.batching.engines import Engine
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment, ServingSpec
 from batchbench.batching.machine import Counter, counters_for, environment
-from batchbench.batching.models import ModelCache, Source, Tokenizer, encoder, find_tokenizer
+from batchbench.batching.models import ModelCache, Tokenizer, encoder, find_tokenizer
 from batchbench.batching.progress import Limited, Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.outcome import Agreement, FailedTrial, ServerFacts
@@ -186,7 +186,7 @@ class LocalBench(Bench):
             context=self.source.context,
             note=self._watch.note,
         )
-        check_context(workload, self.source)
+        check_context(workload, self.source.context, self.source.name)
         return workload
 
     def _engine(self) -> Engine:
@@ -405,14 +405,14 @@ def make_batcher(
     )
 
 
-def check_context(workload: Workload, source: Source) -> None:
-    """Raise UsageError if a request is longer than the model's context."""
-    total, context = workload.prompt_tokens + workload.output_tokens, source.context
+def check_context(workload: Workload, context: int | None, taker: str) -> None:
+    """Raise UsageError if a request is longer than the context of a model or a server."""
+    total = workload.prompt_tokens + workload.output_tokens
     longest = int(total.argmax())
     if context is not None and total[longest] > context:
         raise UsageError(
             f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
             f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
-            f"{source.name} takes; lower --long-tokens, --short-tokens or the length of prompts, "
+            f"{taker} takes; lower --long-tokens, --short-tokens or the length of prompts, "
             "or give --overlong clip, scale or skip"
         )

@@ -73,7 +73,7 @@ def _memory(sizes: Sizes, batch_size: int) -> Iterator[str]:
         f"memory  {weights} of weights and {cache} of KV cache on {sizes.device}; at its peak "
         f"{peak} with activations, copies and libraries"
     )
-    if not sizes.fits:
+    if sizes.fitting is not None:
         hint = "not even one slot fits: choose a smaller model"
         if sizes.fitting:
             hint = f"the largest --batch-size that fits is {sizes.fitting}"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,16 +62,25 @@ def warm_up(batcher: Batcher, others: Iterable[Strategy], workload: Workload, mo
     piece = beginning(workload, batcher.slots, output_tokens=12)
     for strategy in others:
         strategy.serve(piece, Watch())
-    medians: list[float] = []
-    change, settled = None, False
-    while len(medians) < most and not settled:
+
+    def median_step() -> float:
         recording = batcher.serve(piece, Watch())
         durations = recording.step_ends_ns - recording.step_starts_ns
-        medians.append(float(np.median(durations[1:] if len(durations) > 1 else durations)))
-        if len(medians) > 1:
-            change = medians[-1] / medians[-2] - 1
+        return float(np.median(durations[1:] if len(durations) > 1 else durations))
+
+    return settle(median_step, most, began)
+
+
+def settle(measure: Callable[[], float], most: int, began: float) -> WarmUp:
+    """Measure a duration in ns at most ``most`` times, until it changes by less than SETTLED."""
+    found: list[float] = []
+    change, settled = None, False
+    while len(found) < most and not settled:
+        found.append(measure())
+        if len(found) > 1:
+            change = found[-1] / found[-2] - 1
             settled = abs(change) < SETTLED
-    return WarmUp(len(medians), settled, change, round(medians[-1]), time.monotonic() - began)
+    return WarmUp(len(found), settled, change, round(found[-1]), time.monotonic() - began)
 
 
 def beginning(workload: Workload, count: int, output_tokens: int) -> Workload:

@@ -176,11 +176,9 @@ class RecordSpec:
         settings.check(self)
 
 
-def _recording(record: RecordSpec, name: str) -> AbstractContextManager[object]:
-    lost = "there is no answer"
-    if record.output is None:
-        return interruptible(lost)
-    return output_folder(record.output, overwrite=record.overwrite, marker=name, lost=lost)
+def _recording(record: RecordSpec, name: str) -> AbstractContextManager[Path]:
+    lost, overwrite = "there is no answer", record.overwrite
+    return output_folder(record.output, overwrite=overwrite, marker=name, lost=lost)
 
 
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating

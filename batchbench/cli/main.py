@@ -205,7 +205,11 @@ def run_command(words: Sequence[str] | None = None) -> int:
         words: the words after ``batchbench``; those of the process if None.
     """
     try:
-        _check_current_folder()
+        try:
+            os.getcwd()
+        except OSError as error:
+            why = "the current folder was deleted; change to one that exists"
+            raise UsageError(why) from error
         code = app(words, standalone_mode=False, prog_name="batchbench")
         sys.stdout.flush()
         if code == 130:  # Ctrl-C that typer has caught
@@ -230,13 +234,6 @@ def run_command(words: Sequence[str] | None = None) -> int:
             f"traceback {_save_traceback()}",
             70,
         )
-
-
-def _check_current_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UsageError("the current folder was deleted; change to one that exists") from error
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -281,20 +278,11 @@ _COMMAND = re.compile(
 
 
 def _nearest(option: str, own: Collection[str]) -> str | None:
-    """Return the option that was probably meant: nearly the same letters in its words."""
+    """Return the option that was probably meant."""
     from batchbench.cli.options import ALIASES
 
     names = {*own, "--help", *(alias for alias, name in ALIASES.items() if name in own)}
-    words = option.strip("-").split("-")
-    for name in difflib.get_close_matches(option, sorted(names), n=3, cutoff=0.7):
-        others = name.strip("-").split("-")
-        same = len(words) == len(others) and all(
-            difflib.SequenceMatcher(None, *pair).ratio() >= 0.6
-            for pair in zip(words, others, strict=True)
-        )
-        if same or difflib.SequenceMatcher(None, "".join(words), "".join(others)).ratio() >= 0.85:
-            return name
-    return None
+    return next(iter(difflib.get_close_matches(option, sorted(names), n=1, cutoff=0.85)), None)
 
 
 def spell_usage(error: typer.TyperException) -> str:
@@ -306,10 +294,10 @@ def spell_usage(error: typer.TyperException) -> str:
     command: str = context.command_path if context else "batchbench"
     option: str | None = getattr(error, "option_name", None)
     if hasattr(error, "possibilities"):
-        near = _nearest(option or "", {n for p in context.command.params for n in p.opts})
+        own = {name for param in context.command.params for name in param.opts}
+        ours, near = SIMILAR.get(option or "", ""), _nearest(option or "", own)
         hint = f"did you mean {near}?" if near else f"{command} --help lists the options"
-        ours = SIMILAR.get(option or "", "")
-        if any(ours.partition(" ")[0] in param.opts for param in context.command.params):
+        if ours.partition(" ")[0] in own:
             hint = f"use {ours}"
         if option in ("--target", "--base-url"):
             hint = f"{command} measures no server; run, sweep, capacity and probe do"
@@ -325,11 +313,8 @@ def spell_usage(error: typer.TyperException) -> str:
         return f"{name}: is missing; {command} --help says what to give"
     message = error.format_message()
     if unknown := _COMMAND.match(message):
-        hint = (
-            f"did you mean {unknown['near']}?"
-            if unknown["near"]
-            else f"{command} --help lists them"
-        )
+        near = unknown["near"]
+        hint = f"did you mean {near}?" if near else f"{command} --help lists them"
         return f"{shown(unknown['name'])}: no such command; {hint}"
     if rest := _LEFT_OVER.search(message):
         return f"{shown(rest['words'])}: too many arguments; {command} --help says what it takes"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
@@ -168,6 +168,10 @@ class ReportSpec(Spec):
 
 EXPERIMENT = (Basis, ServingSpec, WorkloadSpec, ModelSpec)
 """Specs of the options that all commands with an experiment have."""
+
+ResultFolder = Annotated[
+    Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
+]
 
 Field = tuple[type, dataclasses.Field[Any]]
 """A spec and one of its fields."""

@@ -31,11 +31,9 @@ from batchbench.files import ClaimedError, check_folder, claimed, reason_of
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-STAND_INS = "batchbench"
-"""Name of the error handler that replaces characters by similar ones, in text for people."""
-
-JSON_ESCAPES = "batchbench-json"
-"""Name of the error handler that writes ``\\u00d7`` for ``×``, which JSON reads as the same."""
+STAND_INS, JSON_ESCAPES = "batchbench", "batchbench-json"
+"""Names of error handlers: one replaces characters by similar ones, in text for people; the other
+writes ``\\u00d7`` for ``×``, which JSON reads as the same."""
 
 _CHOSEN = ("ignore", "replace", "xmlcharrefreplace", "namereplace")
 """Error handlers of ``PYTHONIOENCODING`` that are kept, since they cannot fail."""
@@ -298,7 +296,8 @@ def output_folder(
     flushed before the folder is released.
 
     Args:
-        given: the folder of ``--output``; None to take the first of ``defaults`` that is free.
+        given: the folder of ``--output``; None to take the first of ``defaults`` that is free, or
+            to write nothing if there are no defaults.
         overwrite: replace a result that the folder holds.
         marker: the file that shows that a folder holds a result.
         lost: end of the line about Ctrl-C if no result was written.
@@ -308,6 +307,10 @@ def output_folder(
         Interrupted: by Ctrl-C, or by another signal that asks the program to stop.
         OutputError: standard output cannot be written; the message says where the result is.
     """
+    if given is None and not defaults:
+        with interruptible(lost):
+            yield Path()
+        return
     with ExitStack() as stack:
         folder = _claim_free(defaults, stack) if given is None else given
         if given is not None:

@@ -5,27 +5,24 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from batchbench.batching.experiment import PREFILLS, Experiment
 from batchbench.batching.machine import facts_of
 from batchbench.batching.models import ModelSpec
 from batchbench.batching.progress import Watch
-from batchbench.cli.options import Spec, folder_setting, typed_command, with_options
+from batchbench.cli.options import ResultFolder, Spec, folder_setting, typed_command, with_options
 from batchbench.cli.output import output_folder, show
 from batchbench.errors import UsageError, shown
 from batchbench.files import default_folders, write_whole
 from batchbench.reports.slo import GoalsSpec
 from batchbench.reports.text import spell_time
 from batchbench.settings import setting
-from batchbench.studies.executors.jobs import Executor, Job, Local, run_parts
+from batchbench.studies.executors.jobs import Executor, Job, run_parts
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.grid import parse_numbers
 
 if TYPE_CHECKING:
-    from batchbench.studies.predict.breakeven import MapSpec
     from batchbench.studies.predict.fitted import FittedRun
 
 PREDICT_HELP = """Predict other batch sizes from a result, and find where more slots stop helping.
@@ -82,9 +79,7 @@ class PredictSpec(Spec):
 @with_options()
 def predict(
     study: PredictSpec,
-    folder: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
-    ],
+    folder: ResultFolder,
 ) -> None:
     sizes = _batch_sizes(study.batch_size)
     from batchbench.studies.predict import batch_sizes as report
@@ -199,7 +194,13 @@ def breakeven(
 ) -> None:
     from batchbench.cli.progress import make_display
     from batchbench.studies.predict import breakeven_report as report
-    from batchbench.studies.predict.breakeven import CellList, make_map, measure, usual_limits
+    from batchbench.studies.predict.breakeven import (
+        CellList,
+        MapSpec,
+        make_map,
+        measure,
+        usual_limits,
+    )
     from batchbench.studies.sweep.run import Store
 
     if study.cost is not None and model != ModelSpec():
@@ -222,8 +223,21 @@ def breakeven(
         ):
             if fitted is None:
                 _context(study, model)
-                fitted = _measured(first, folder, executor, display)
-            spec = _map_spec(study, fitted)
+                here = machines.executor == "local"
+                fitted = _measured(first, folder, executor, display, here=here)
+            spec = MapSpec(
+                batch_sizes=tuple(_batch_sizes(study.batch_size)),
+                spreads=study.spreads,
+                loads=study.loads,
+                mean_tokens=study.mean_tokens,
+                prompt_tokens=study.prompt_tokens,
+                batches=study.batches,
+                seed=study.seed,
+                engine=fitted.engine,
+                prefill=study.prefill,
+                model=fitted.model,
+                context=_context(study, fitted.model),
+            )
             limits = goals.limits_ms or usual_limits(fitted.known.cost, spec)
             result = make_map(spec, fitted, limits, store, display)
             result = measure(result, study.measure, study.trials, store, display, executor)
@@ -262,7 +276,9 @@ def _known(study: BreakevenSpec, folder: Path) -> FittedRun | None:
     return read_fitted(own, "--output") if (own / "result.json").exists() else None
 
 
-def _measured(first: Experiment, folder: Path, executor: Executor, watch: Watch) -> FittedRun:
+def _measured(
+    first: Experiment, folder: Path, executor: Executor, watch: Watch, *, here: bool
+) -> FittedRun:
     """Make the first run as a job of the executor, which measures the cells too."""
     from batchbench.batching.dry_run import estimate
     from batchbench.studies.predict.fitted import read_fitted
@@ -272,29 +288,11 @@ def _measured(first: Experiment, folder: Path, executor: Executor, watch: Watch)
         f"no --cost: a run at batch size {first.serving.batch_size} is made first to measure step "
         "times"
     )
-    if isinstance(executor, Local) and (seconds := estimate(first, Watch()).seconds):
+    if here and (seconds := estimate(first, Watch()).seconds):
         watch.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
     job = Job("the first run", CellWork(first))
     write_whole(folder / "teacher", run_parts([job], executor, watch)[job.key][0])
     return read_fitted(folder / "teacher", "--output")
-
-
-def _map_spec(study: BreakevenSpec, fitted: FittedRun) -> MapSpec:
-    from batchbench.studies.predict.breakeven import MapSpec
-
-    return MapSpec(
-        batch_sizes=tuple(_batch_sizes(study.batch_size)),
-        spreads=study.spreads,
-        loads=study.loads,
-        mean_tokens=study.mean_tokens,
-        prompt_tokens=study.prompt_tokens,
-        batches=study.batches,
-        seed=study.seed,
-        engine=fitted.engine,
-        prefill=study.prefill,
-        model=fitted.model,
-        context=_context(study, fitted.model),
-    )
 
 
 def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:

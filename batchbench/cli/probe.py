@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import typer
 from batchbench import settings
 from batchbench.batching.remote.spec import SERVED_MODEL, TargetSpec
 from batchbench.cli.options import typed_command, with_options
-from batchbench.cli.output import interruptible, make_console, output_folder, show
+from batchbench.cli.output import make_console, output_folder, show
 from batchbench.errors import UsageError
 from batchbench.json_file import json_text
 from batchbench.settings import setting
@@ -82,9 +81,8 @@ def probe(
     from batchbench.cli.progress import make_display
     from batchbench.studies.probe import ask
 
-    place: AbstractContextManager[Any] = interruptible("nothing was written")
-    if spec.output:
-        place = output_folder(spec.output, overwrite=spec.overwrite, marker="probe.json")
+    lost, overwrite = "nothing was written", spec.overwrite
+    place = output_folder(spec.output, overwrite=overwrite, marker="probe.json", lost=lost)
     try:
         target = TargetSpec(target=url, **given)
         with place:

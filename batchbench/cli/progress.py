@@ -105,16 +105,11 @@ class PlainDisplay(SweepWatch, CapacityWatch, TurnsWatch):
         left = (now - self._began) * (progress.requests / max(progress.done, 1) - 1)
         about = f", about {spell_time(left)} left" if progress.done else ""
         where = f"{self._cell}: " if self._cell else ""
-        self._print(f"{where}{self._doing(progress)}{about}")
+        trial = f"trial {self._trial}/{self._trials}  {progress.strategy}"
+        self._print(f"{where}{trial}  {progress.done}/{progress.requests} requests{about}")
 
     def idles(self, progress: Progress) -> None:
         self.progressed(progress)
-
-    def _doing(self, progress: Progress) -> str:
-        return (
-            f"trial {self._trial}/{self._trials}  {progress.strategy}  "
-            f"{progress.done}/{progress.requests} requests"
-        )
 
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._seconds.append(time.monotonic() - self._began)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from batchbench import settings
-from batchbench.cli.options import ReportSpec, Spec, with_options
+from batchbench.cli.options import ReportSpec, ResultFolder, Spec, with_options
 from batchbench.cli.output import (
     echo,
     echo_html,
@@ -104,7 +105,11 @@ def report(
 
             _deliver(make_document(output.chosen, folders, results, file), file, output)
         elif len(folders) > 1:
-            _show_together(folders, results, output)
+            from batchbench.reports.formats.terminal import render_side_by_side
+            from batchbench.reports.side_by_side import SideBySide, label_results
+
+            together = SideBySide(label_results(folders, results))
+            show(output, "", together.sentence, render_side_by_side(together), "", [])
         else:
             _show_again(folders[0], results[0], output)
 
@@ -115,14 +120,6 @@ def _show_again(folder: Path, result: Result, output: ReportSpec) -> None:
 
     with output_folder(folder, overwrite=True):
         show_result(result, write_folder(folder, result), output)
-
-
-def _show_together(folders: list[Path], results: list[Result], output: ReportSpec) -> None:
-    from batchbench.reports.formats.terminal import render_side_by_side
-    from batchbench.reports.side_by_side import SideBySide, label_results
-
-    together = SideBySide(label_results(folders, results))
-    show(output, "", together.sentence, render_side_by_side(together), "", [])
 
 
 def _deliver(document: str, file: Path | None, output: ReportSpec) -> None:
@@ -151,18 +148,16 @@ def _show_peers(folders: list[Path], peers: list[PeerFile | None], output: Repor
     from batchbench.reports.result import load_result
     from batchbench.reports.side_by_side import labels_of
 
-    formats, pairs = (
-        ("terminal", "json", "markdown", "llmd"),
-        list(zip(folders, peers, strict=True)),
-    )
+    formats = ("terminal", "json", "markdown", "llmd")
     if output.chosen not in formats or output.trace_out is not None:
+        other = next(folder for folder, peer in zip(folders, peers, strict=True) if peer)
         raise UsageError(
-            f"{next(folder for folder, peer in pairs if peer)}: is of another tool; give --format "
-            f"{', '.join(formats[:-1])} or {formats[-1]}"
+            f"{other}: is of another tool; give --format {', '.join(formats[:-1])} or {formats[-1]}"
         )
     check_number(folders)
     if output.file is not None and str(output.file) != "-":
         check_file(output.file, "--file")
+    pairs = zip(folders, peers, strict=True)
     files = [peer or of_result(load_result(folder)) for folder, peer in pairs]
     places = [folder if folder.is_dir() else folder.parent for folder in folders]
     named = list(zip(labels_of(folders), files, strict=True))
@@ -255,16 +250,10 @@ def _sweep(folder: Path, data: Data) -> Answer:
     return sweeps.sentence(swept, cells), sweeps.render(swept, cells, data["pictures_not_drawn"])
 
 
-def _ladder(folder: Path, data: Data) -> Answer:
-    from batchbench.studies.ladder.report import render, sentence
-
-    return sentence(data), render(data)
-
-
-def _capacity(folder: Path, data: Data) -> Answer:
-    from batchbench.studies.capacity.report import render, sentence
-
-    return sentence(data), render(data)
+def _own(module: str, folder: Path, data: Data) -> Answer:
+    """Return what the study's own report says."""
+    report = importlib.import_module(f"batchbench.studies.{module}.report")
+    return report.sentence(data), report.render(data)
 
 
 def _prediction(data: Data) -> tuple[str, Any]:
@@ -317,12 +306,13 @@ def _tabular(
         return sentence, sentence
     names = [name for name, value in rows[0].items() if isinstance(value, str | int | float)]
     names = [n for n in names if len(rows) == 1 or len({str(row[n]) for row in rows}) > 1]
+    names = names[:MOST_COLUMNS]
     grid = Table(pad_edge=False)
-    for name in names[:MOST_COLUMNS]:
+    for name in names:
         left = isinstance(rows[0][name], str)
         grid.add_column(name.replace("_", " "), justify="left" if left else "right", no_wrap=left)
     for row in rows[:MOST_ROWS]:
-        values: Iterable[Any] = (row[name] for name in names[:MOST_COLUMNS])
+        values = (row[name] for name in names)
         grid.add_row(*(number(v) if isinstance(v, float) else str(v) for v in values))
     if len(rows) > MOST_ROWS:
         grid.caption = f"{len(rows) - MOST_ROWS} more rows in the files"
@@ -333,8 +323,8 @@ MOST_COLUMNS, MOST_ROWS = 7, 40
 
 STUDIES: Mapping[str, Callable[[Path, Data], Answer]] = {
     "sweep.json": _sweep,
-    "ladder.json": _ladder,
-    "capacity.json": _capacity,
+    "ladder.json": partial(_own, "ladder"),
+    "capacity.json": partial(_own, "capacity"),
     "predict.json": partial(_tabular, _prediction),
     "breakeven.json": partial(_tabular, lambda data: (data["sentence"], data["cells"])),
     "trend.json": partial(_tabular, _trend),
@@ -366,13 +356,7 @@ class WatchSpec(Spec):
 
 
 @with_options()
-def watch(
-    folder: Annotated[
-        Path,
-        typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False),
-    ],
-    spec: WatchSpec,
-) -> None:
+def watch(folder: ResultFolder, spec: WatchSpec) -> None:
     file = spec.gif
     if file is None and not sys.stdout.isatty():
         raise UsageError("watch: the output is not a terminal; add --gif FILE to write a GIF")

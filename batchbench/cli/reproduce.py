@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from batchbench.cli.options import Spec, folder_setting, with_options
-from batchbench.cli.output import interruptible, output_folder, show
+from batchbench.cli.options import ResultFolder, Spec, folder_setting, with_options
+from batchbench.cli.output import output_folder, show
 from batchbench.json_file import json_text
 from batchbench.settings import setting
 
@@ -41,9 +41,7 @@ class ReproduceSpec(Spec):
 
 @with_options()
 def reproduce(
-    folder: Annotated[
-        Path, typer.Argument(metavar="RESULT", help="The folder of a result.", show_default=False)
-    ],
+    folder: ResultFolder,
     study: ReproduceSpec,
 ) -> None:
     from batchbench.cli.progress import make_display
@@ -52,8 +50,7 @@ def reproduce(
     from batchbench.studies import reproduce as reproducing
 
     recorded, lost = load_result(folder), "nothing was compared"
-    keeping = output_folder(study.output, overwrite=study.overwrite, lost=lost)
-    with keeping if study.output else interruptible(lost):
+    with output_folder(study.output, overwrite=study.overwrite, lost=lost):
         with make_display(quiet=study.quiet, strategies=len(recorded.names)) as display:
             again = reproducing.reproduce(recorded, display)
         if study.output and again.again is not None:

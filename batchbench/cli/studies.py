@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -31,9 +31,6 @@ from batchbench.studies.executors.jobs import Job, run_parts
 from batchbench.studies.executors.spec import ExecutorSpec, clients_of, make_executor
 from batchbench.studies.ladder.rungs import LadderSpec, choose_rungs
 from batchbench.studies.sweep.grid import SWEPT, Grid
-
-if TYPE_CHECKING:
-    from batchbench.studies.capacity.search import CapacityFindings
 
 SWEEP_HELP = (
     "Run a grid of experiments: any option of run may have many values.\n\n"
@@ -176,7 +173,22 @@ def capacity(
         overwrite=study.overwrite,
         marker="capacity.json",
     ) as folder:
-        findings = _search(experiment, goals, study, machines, folder)
+        from batchbench.cli.progress import make_display
+        from batchbench.studies.capacity.search import (
+            CapacityQuery,
+            find_capacity,
+            find_capacity_on,
+        )
+
+        query = CapacityQuery(goals, study.slo_attainment, study.max_trials, study.precision)
+        together = experiment.target is not None and experiment.target.clients > 1
+        with make_display(quiet=study.quiet) as display:
+            if machines.executor == "local" or together:
+                with clients_of(machines, [experiment], folder, display) as start:
+                    findings = find_capacity(experiment, query, display, start)
+            else:
+                with closing(make_executor(machines, [experiment], folder, display)) as executor:
+                    findings = find_capacity_on(executor, experiment, query, display)
         from batchbench.studies.capacity import report
 
         command = typed_command()
@@ -202,26 +214,6 @@ def _without_rate(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
     experiment = make_experiment({**sizes, "request_rate": 1.0, **given}, simulated=study.simulated)
     # A file or a preset may limit concurrency, which would hide a growing queue.
     return replace(experiment, workload=replace(experiment.workload, max_concurrency=None))
-
-
-def _search(
-    experiment: Experiment,
-    goals: GoalsSpec,
-    study: CapacitySpec,
-    machines: ExecutorSpec,
-    folder: Path,
-) -> CapacityFindings:
-    from batchbench.cli.progress import make_display
-    from batchbench.studies.capacity.search import CapacityQuery, find_capacity, find_capacity_on
-
-    query = CapacityQuery(goals, study.slo_attainment, study.max_trials, study.precision)
-    together = experiment.target is not None and experiment.target.clients > 1
-    with make_display(quiet=study.quiet) as display:
-        if machines.executor == "local" or together:
-            with clients_of(machines, [experiment], folder, display) as start:
-                return find_capacity(experiment, query, display, start)
-        with closing(make_executor(machines, [experiment], folder, display)) as executor:
-            return find_capacity_on(executor, experiment, query, display)
 
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batchbench.cli.options import with_options
-from batchbench.cli.output import echo, echo_json, interruptible, make_console, output_folder
+from batchbench.cli.output import echo, echo_json, make_console, output_folder
 from batchbench.errors import UsageError, shown
 from batchbench.files import check_files, claimed, write_file
 from batchbench.studies.trend.history import TrendSpec
@@ -45,11 +45,8 @@ def trend(
     to_stdout = str(spec.markdown) == "-"
     if spec.markdown is not None and not to_stdout:
         check_files(spec.markdown.parent, [spec.markdown.name], overwrite=True)
-    with (
-        output_folder(spec.output, overwrite=True, marker="trend.json")
-        if spec.output
-        else interruptible("nothing was written")
-    ):
+    lost = "nothing was written"
+    with output_folder(spec.output, overwrite=True, marker="trend.json", lost=lost):
         result = _analyse(folders, spec)
         if spec.markdown is not None and not to_stdout:
             with claimed(spec.markdown, f"--markdown {spec.markdown}"):

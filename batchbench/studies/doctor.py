@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,28 +63,25 @@ def examine() -> list[Finding]:
     """Return the facts of this machine, in the order in which people ask."""
     psutil.cpu_percent()  # the next call returns the load since this one
     hub = _ask_hub()
-    found = [*_software(), *_processor(), *_memory(), *_gpus(), _energy(), *_folders()]
+    found = [*_software(), *_processor(), *_gpus(), *_folders()]
     return [*found, hub(), *_extras(), _load()]
 
 
 def _version(name: str) -> str | None:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _software() -> Iterator[Finding]:
-    here = Path(__file__).parents[1]
-    yield Finding("batchbench", f"{__version__}, in {here}")
+    yield Finding("batchbench", f"{__version__}, in {Path(__file__).parents[1]}")
     yield Finding("Python", f"{platform.python_version()}, {sys.executable}")
     for name in ("torch", "transformers"):
-        version = _version(name)
-        if version is None:
-            yield Finding(name, "is missing", f"pip install {name}", fault=True)
-        else:
+        if version := _version(name):
             built = f", built for {_built_for()}" if name == "torch" else ""
             yield Finding(name, version + built)
+        else:
+            yield Finding(name, "is missing", f"pip install {name}", fault=True)
 
 
 def _built_for() -> str:
@@ -117,14 +115,15 @@ def _processor() -> Iterator[Finding]:
         text = "torch's own, which are slower: g++ is missing"
         yield Finding("CPU kernels", text, mend)
     else:
-        bits = "AMX" if processor.has_amx else ""
-        bits = bits or ("AVX-512" if processor.multiplies_bfloat16 else "AVX-512 (widened)")
+        widened = "" if processor.multiplies_bfloat16 else " (widened)"
+        bits = "AMX" if processor.has_amx else f"AVX-512{widened}"
         yield Finding("CPU kernels", f"batchbench's, compiled by {compiler}; bfloat16 by {bits}")
-
-
-def _memory() -> Iterator[Finding]:
     total, free = psutil.virtual_memory().total / 2**30, free_host_bytes() / 2**30
     yield Finding("Memory", f"{free:.1f} GiB free of {total:.1f} GiB")
+    packages = len(rapl_packages())
+    found = f"{packages} RAPL counter(s) of the processor can be read"
+    lost = "no counter of the processor can be read; energy is not reported"
+    yield Finding("Energy", found if packages else lost)
 
 
 def _gpus() -> Iterator[Finding]:
@@ -139,13 +138,6 @@ def _gpus() -> Iterator[Finding]:
     if not listed:
         is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
         yield Finding("GPU", "Apple's (MPS)" if is_apple else "no NVIDIA GPU, or no driver")
-
-
-def _energy() -> Finding:
-    packages = rapl_packages()
-    if packages:
-        return Finding("Energy", f"{len(packages)} RAPL counter(s) of the processor can be read")
-    return Finding("Energy", "no counter of the processor can be read; energy is not reported")
 
 
 def _folders() -> Iterator[Finding]:

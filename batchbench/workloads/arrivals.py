@@ -96,11 +96,9 @@ def arrival_process(
     kind, colon, rest = text.partition(":")
     wrong = UsageError(f"{place}: must be {GRAMMAR}")
     if not text:
-        timed, untimed = (
-            "poisson" if burstiness == 1.0 else "gamma",
-            "trace" if trace else "at-once",
-        )
-        kind = untimed if request_rate is None else timed
+        random = "poisson" if burstiness == 1.0 else "gamma"
+        untimed = "trace" if trace else "at-once"
+        kind = untimed if request_rate is None else random
     if kind not in PROCESSES or (colon and kind != "ramp"):
         raise wrong
     if kind == "trace" and not trace:

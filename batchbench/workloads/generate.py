@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+import psutil
+from numpy.typing import NDArray
 
 from batchbench.errors import UsageError
 from batchbench.workloads.arrivals import ArrivalProcess
 from batchbench.workloads.lengths import parse_lengths
-from batchbench.workloads.prompts import (
-    BLOCK_TOKENS,
-    Encode,
-    byte_tokens,
-    classic_prompts,
-    prompts_of_file,
-    random_prompts,
-)
-from batchbench.workloads.request import Ints, Ragged, Workload
+from batchbench.workloads.prompts import BLOCK_TOKENS, Encode, byte_tokens, known_prompts
+from batchbench.workloads.request import Ints, Ragged, Workload, stream
 from batchbench.workloads.sampling import Sampling
-from batchbench.workloads.seeds import stream
 from batchbench.workloads.spec import WorkloadSpec
 from batchbench.workloads.traces import BadRow, Trace, read_trace
 
@@ -61,18 +55,9 @@ class Outline:
 
     def workload(self, vocab_size: int) -> Workload:
         """Return the workload; draw random ids, and take known ones modulo the vocabulary."""
-        if self.prompts is not None:
-            ids = self.prompts.values.astype(np.int32, copy=False)
-            ids = ids % vocab_size if ids.max() >= vocab_size else ids
-        else:
-            ids = random_prompts(
-                self.prompt_tokens,
-                seed=self.seed,
-                vocab_size=vocab_size,
-                shared=self.shared,
-                blocks=self.blocks,
-                block_tokens=self.block_tokens,
-            )
+        ids = self._random_ids(vocab_size) if self.prompts is None else self.prompts.values
+        ids = ids.astype(np.int32, copy=False)
+        ids = ids % vocab_size if ids.max() >= vocab_size else ids
         return Workload(
             name=self.name,
             seed=self.seed,
@@ -84,6 +69,33 @@ class Outline:
             max_concurrency=self.max_concurrency,
             sampling=self.sampling,
         )
+
+    def _random_ids(self, vocab_size: int) -> NDArray[np.int32]:
+        """Return the ids of random prompts, end to end."""
+        lengths, total = self.prompt_tokens, int(self.prompt_tokens.sum())
+        if total * 8 > (room := psutil.virtual_memory().available):
+            raise UsageError(
+                f"--queue-size {len(lengths)}: the prompts have {total:,} tokens, too many for "
+                f"{room / 2**30:.1f} GiB of memory; lower it"
+            )
+        ids = stream(self.seed, "ids").integers(0, vocab_size, total, np.int32)
+        if self.blocks is None and not self.shared:
+            return ids
+        prompts = np.split(ids, np.cumsum(lengths)[:-1])  # views of the ids
+        if self.blocks is not None:
+            size = self.block_tokens
+            for i in np.flatnonzero(self.blocks.lengths).tolist():
+                for nth, name in enumerate(self.blocks.row(i).tolist()):
+                    place = prompts[i][nth * size : (nth + 1) * size]
+                    if len(place):  # a shortened prompt has fewer blocks than names
+                        drawn = stream(self.seed, "blocks", name).integers
+                        place[:] = drawn(0, vocab_size, size, np.int32)[: len(place)]
+        if self.shared:
+            most = min(self.shared, int(lengths.max()))
+            beginning = stream(self.seed, "prefix").integers(0, vocab_size, most, np.int32)
+            for prompt in prompts:
+                prompt[:most] = beginning[: len(prompt)]
+        return ids
 
     def with_lengths(self, prompt_tokens: Ints, output_tokens: Ints) -> Outline:
         """Return the requests with shorter lengths; known prompts are cut at their ends."""
@@ -201,11 +213,9 @@ def _draw(spec: WorkloadSpec, batch_size: int, encode: Encode | None, note: Note
     if spec.prompt_tokens is not None:
         lengths = parse_lengths(spec.prompt_tokens, "--prompt-tokens")
         prompt_tokens = lengths.draw(stream(spec.seed, "prompt lengths"), count)
-    elif spec.prompts is None:
-        prompts = classic_prompts(count, encode)
     else:
-        prompts, distinct = prompts_of_file(spec.prompts, count, encode)
-        if distinct < count:
+        prompts, distinct = known_prompts(spec.prompts, count, encode)
+        if spec.prompts is not None and distinct < count:
             note(
                 f"{spec.prompts}: {distinct:,} of its prompts are repeated to fill {count:,} "
                 "requests (--queue-size)"
@@ -268,14 +278,14 @@ def _bound(spec: WorkloadSpec, batch_size: int, outline: Outline) -> int | None:
 
 def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, ArrivalProcess]:
     assert spec.trace is not None
-    invalid: dict[str, list[BadRow]] = {}  # the first of each kind
     counts: Counter[str] = Counter()
+    first: defaultdict[str, list[str]] = defaultdict(list)
 
     def skip(row: BadRow) -> None:
         if not row.harmless:  # the trace has remarks about harmless ones
             counts[row.kind] += 1
             if counts[row.kind] <= _NAMED:
-                invalid.setdefault(row.kind, []).append(row)
+                first[row.kind].append(str(row))
 
     trace = read_trace(
         spec.trace,
@@ -288,12 +298,11 @@ def _read(spec: WorkloadSpec, encode: Encode, note: Note) -> tuple[Outline, Arri
     )
     size = len(trace.output_tokens)
     requests = "1 request" if size == 1 else f"{size:,} requests"
-    skipped = []
-    for kind, rows in invalid.items():
-        more = counts[kind] - len(rows)
-        others = f"; and {more:,} more" if more else ""
-        skipped.append(f"{kind} skipped: {counts[kind]:,}, {'; '.join(map(str, rows))}{others}")
-    note(f"{spec.trace}: {'; '.join([f'{trace.format}, {requests}', *trace.remarks, *skipped])}")
+    told = [f"{trace.format}, {requests}", *trace.remarks]
+    for kind, count in counts.items():
+        told += [f"{kind} skipped: {count:,}, {'; '.join(first[kind])}"]
+        told += [f"and {count - _NAMED:,} more"] * (count > _NAMED)
+    note(f"{spec.trace}: {'; '.join(told)}")
     if size < (spec.queue_size or 0):
         note(f"{spec.trace}: has {size:,} requests, fewer than --queue-size {spec.queue_size}")
     process = spec.process

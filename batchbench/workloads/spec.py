@@ -254,10 +254,8 @@ class WorkloadSpec:
             cut = f"--top-k {self.top_k}" if self.top_k else f"--top-p {self.top_p:g}"
             raise UsageError(f"{cut}: greedy decoding has no use for it; give --temperature")
         if self.temperature and self.temperature < LEAST_TEMPERATURE:
-            raise UsageError(
-                f"--temperature {self.temperature:g}: must be 0, which is greedy, or at least "
-                f"{LEAST_TEMPERATURE:g}"
-            )
+            must = f"must be 0, which is greedy, or at least {LEAST_TEMPERATURE:g}"
+            raise UsageError(f"--temperature {self.temperature:g}: {must}")
         if self.chat_template and self.prompts is None:
             raise UsageError("--chat-template: needs prompts as text; give --prompts FILE")
 

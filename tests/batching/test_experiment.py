@@ -400,10 +400,12 @@ def test_a_request_beyond_the_context_is_a_usage_error(ask: Ask) -> None:
 
 def test_a_request_may_be_as_long_as_the_context() -> None:
     source = Source("x", "dummy", {"n_positions": 10}, None, "")
-    check_context(Workload.of("fits", [[1] * 4, [1]], [6, 9]), source)
+    check_context(Workload.of("fits", [[1] * 4, [1]], [6, 9]), source.context, source.name)
     with pytest.raises(UsageError, match="request 1: 2 prompt"):
-        check_context(Workload.of("does not", [[1] * 4, [1, 1]], [6, 9]), source)
-    check_context(Workload.of("any", [[1]], [10**6]), replace(source, config={}))
+        check_context(
+            Workload.of("does not", [[1] * 4, [1, 1]], [6, 9]), source.context, source.name
+        )
+    check_context(Workload.of("any", [[1]], [10**6]), None, source.name)
 
 
 def test_a_batch_too_large_for_the_memory_names_the_largest_that_fits(

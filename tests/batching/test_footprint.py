@@ -97,7 +97,7 @@ def test_a_run_that_fits_is_not_warned_of(checkpoint: Path, free: Any) -> None:
     free(2**40)
     found = foretell(checkpoint)
     assert found.sizes is not None
-    assert found.sizes.fits
+    assert found.sizes.fitting is None
     assert found.sizes.peak_bytes > psutil.Process().memory_info().rss / 2
     assert not any(line.startswith("warning") for line in found.lines())
 
@@ -115,7 +115,7 @@ def test_the_batch_that_a_warning_names_fits_and_no_larger_one(checkpoint: Path,
     for tenths, fits in ((9, True), (11, False)):
         sizes = foretell(checkpoint, batch_size=largest * tenths // 10, queue_size=8).sizes
         assert sizes is not None
-        assert sizes.fits is fits
+        assert (sizes.fitting is None) is fits
 
 
 def test_where_nothing_fits_a_smaller_model_is_named(checkpoint: Path, free: Any) -> None:

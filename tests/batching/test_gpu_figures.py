@@ -251,7 +251,7 @@ def test_the_buffer_that_measures_memory_refuses_no_batch(
 ) -> None:
     """It takes at most half of what the cache leaves."""
     monkeypatch.setattr(hardware, "_LEAST_GPU_BYTES", 2**42)
-    monkeypatch.setattr(build, "cache_bytes", lambda device: 2**16)
+    monkeypatch.setattr(hardware, "cache_bytes", lambda device: 2**16)
     monkeypatch.setattr(build, "_time_kernel", lambda device, *, replayed: 1e-6)
     sizes = estimate(experiment(checkpoint), Watch()).sizes
     assert sizes is not None

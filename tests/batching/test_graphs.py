@@ -63,7 +63,7 @@ def replaying(
 ) -> SlotsEngine:
     """A slots engine whose decode passes run on fixed buffers, on torch's attention as on a GPU."""
     engine = SlotsEngine(model, slots, max_len, make_forward(model, Kernels.PACKED))
-    args = (engine._pass, engine._cache, engine._last, engine._chooser, max_len, lambda run: run)
+    args = (engine._pass, engine._cache, engine._last, engine._chooser, lambda run: run, max_len)
     engine._prepared = PreparedDecode(*args, every_batch=every_batch)
     return engine
 
@@ -195,7 +195,7 @@ def test_auto_falls_back_where_passes_cannot_be_recorded(
     tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU whose model waits for the device in the middle of a pass."""
-    monkeypatch.setattr("batchbench.batching.engines.torch.slots.Capture", _refuse)
+    monkeypatch.setattr("batchbench.batching.engines.torch.graphs.Capture", _refuse)
     on_gpu = build._resolve_execution("auto", torch.device("cuda"))
     assert on_gpu == "graph"
     engine = build._slots_engine(tiny, 2, 20, build.make_forward(tiny), "graph", falls_back=True)

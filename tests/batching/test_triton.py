@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="needs Triton, which there is for Linux only")
 
-from batchbench.batching.engines.torch.architecture import Norm, Rotary
-from batchbench.batching.engines.torch.attention import Rotation
-from batchbench.batching.engines.torch.mixed import lay_tiles, most_tiles, tile_size
+from batchbench.batching.engines.torch.architecture import Norm, Rotary, Rotation
+from batchbench.batching.engines.torch.graphs import lay_tiles, most_tiles, tile_size
 from batchbench.batching.engines.torch.triton import ops
 from batchbench.batching.engines.torch.triton.ops import SlotAttention
 

@@ -284,6 +284,24 @@ def test_a_folder_with_a_result_is_refused_and_left_as_it_was(program: Program, 
     assert (here / "mine" / "result.json").read_bytes() != before
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("run", "simulate", "sweep --simulated", "capacity --slo ttft:50", "ladder", "breakeven"),
+        *("baseline save", "duet --base-ref HEAD", "probe http://127.0.0.1:9", "trend ."),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_runs(
+    words: str, program: Program, here: Path
+) -> None:
+    (here / "file").write_text("in the way")
+    said = program(*words.split(), "--output", "file/below")
+    assert (said.code, said.out, said.err.count("\n")) == (2, "", 1)
+    assert said.error == (
+        "batchbench: --output file/below: cannot be written: not a directory; give another place"
+    )
+
+
 def spoil(folder: Path, how: str) -> None:
     """Spoil a result."""
     file = folder / "result.json"
@@ -383,6 +401,7 @@ def test_these_are_the_commands() -> None:
 def test_help_names_every_command(flag: str, program: Program) -> None:
     said = program(flag)
     assert (said.code, said.err) == (0, "")
+    assert "<bool>" not in said.out
     for command in COMMANDS:
         assert command in said.out
 
@@ -391,6 +410,7 @@ def test_help_names_every_command(flag: str, program: Program) -> None:
 def test_help_of_a_command_has_an_example_that_parses(command: str, program: Program) -> None:
     said = program(command, "--help")
     assert (said.code, said.err) == (0, "")
+    assert "<bool>" not in said.out
     found = re.search(r"Example: (batchbench .*)", said.out)
     assert found
     words = found[1].split()
@@ -484,9 +504,17 @@ def test_a_workload_is_shown_by_the_name_of_a_preset_or_file(program: Program, h
         ("batchbench ca", ["capacity"]),
         ("batchbench run --queue", ["--queue-size"]),
         ("batchbench workload s", ["show", "save"]),
+        ("batchbench run --strategy static,co", ["static,continuous"]),
+        ("batchbench run --strategy=gen", ["generate_batch"]),
+        ("batchbench sweep --engine no", ["notebook"]),
+        ("batchbench simulate --preset c", ["chat", "code", "ci"]),
+        ("batchbench report --format git", ["github-bigger", "github-smaller"]),
+        ("batchbench ladder --rungs lean,pa", ["lean,packed"]),
+        ("batchbench workload show ch", ["chat"]),
+        ("batchbench help gl", ["glossary"]),
     ],
 )
-def test_completion_offers_commands_and_options(
+def test_completion_offers_commands_options_and_values(
     line: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, program: Program
 ) -> None:
     monkeypatch.setenv("_BATCHBENCH_COMPLETE", "complete_bash")

@@ -18,7 +18,7 @@ from support.program import Call, caller
 from batchbench.batching.models import ModelCache
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError
-from batchbench.studies.executors.jobs import Ended, Failed, Job, Local, Worker, run_jobs, unlike
+from batchbench.studies.executors.jobs import Ended, Executor, Failed, Job, Worker, run_jobs, unlike
 from batchbench.studies.executors.spec import ExecutorSpec, make_executor
 from batchbench.studies.sweep.run import Store
 
@@ -69,7 +69,7 @@ def test_a_bug_in_a_job_elsewhere_is_raised_here_and_its_reason_is_kept() -> Non
     def breaks(watch: Watch, models: ModelCache) -> Any:
         raise ZeroDivisionError("made up")
 
-    class Elsewhere(Local):
+    class Elsewhere(Executor):
         def wait(self) -> Sequence[Ended]:
             job, self._job = self._job, None
             return [] if job is None else [Worker("/no/such/folder", timed=False).run(job)]

@@ -608,10 +608,10 @@ def test_an_installation_does_the_work_of_its_like(experiment: Experiment, tmp_p
         ),
         (  # the engine computes each prefill twice, which no plan tells
             "batching/engines/torch/slots.py",
-            "        logits = self._forward_pass(ids, layout, self._keep)\n",
+            "        logits = self._forward_pass(ids, layout, keep)\n",
             "        if plan.chunks:\n"
-            "            self._forward_pass(ids, layout, self._keep)\n"
-            "        logits = self._forward_pass(ids, layout, self._keep)\n",
+            "            self._forward_pass(ids, layout, keep)\n"
+            "        logits = self._forward_pass(ids, layout, keep)\n",
             "continuous.computed_passes",
         ),
         (  # other tokens

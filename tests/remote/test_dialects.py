@@ -279,11 +279,10 @@ def test_a_request_asks_for_token_ids_and_counts_where_a_server_can_send_them() 
         assert sent["stream_options"]["continuous_usage_stats"] is True
 
 
-def test_only_a_stream_has_options_of_streams() -> None:
-    for dialect in DIALECTS.values():
-        assert "stream_options" not in body(dialect, stream=False)
+def test_a_request_asks_for_the_usage_except_where_it_comes_unasked() -> None:
+    for name, dialect in DIALECTS.items():
         asked = body(dialect).get("stream_options", {}).get("include_usage", False)
-        assert asked == dialect.usage_on_request
+        assert asked == (name != "transformers")
 
 
 # Streams

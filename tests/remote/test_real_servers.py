@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from support.real_servers import call, needs, running
 
-from batchbench.batching.remote.dialects import body_for, discover, read_counters
+from batchbench.batching.remote.dialects import body_for, discover, growth_of, read_counts
 from batchbench.batching.remote.exchange import Address
 from batchbench.batching.remote.wire import post
 
@@ -114,15 +114,12 @@ def test_a_prompt_cache_stays_unused(name: str, folder: Path) -> None:
         dialect = discover(address)
         (model,) = dialect.served_models
         prompt = list(range(100, 250))
-        before = read_counters(address, dialect)
+        before = read_counts(address, dialect)
         for _ in range(2):
             body = body_for(dialect, "/v1/completions", model, prompt, 4)
             assert post(address, "/v1/completions", body).status == 200
-        after = read_counters(address, dialect)
-    assert before is not None
-    assert after is not None
-    grown = after.since(before)
-    assert (grown.cached_tokens, grown.output_tokens) == (0, 8)
-    assert grown.prompt_tokens == 300
-    assert grown.passes is not None
-    assert grown.passes >= 8
+        after = read_counts(address, dialect)
+    grown = growth_of(before, after)
+    assert (grown["cached_tokens"], grown["output_tokens"]) == (0, 8)
+    assert grown["prompt_tokens"] == 300
+    assert grown["passes"] >= 8

@@ -14,8 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchbench.batching.engines.torch.architecture import Norm, Rotary
-from batchbench.batching.engines.torch.attention import Rotation
+from batchbench.batching.engines.torch.architecture import Norm, Rotary, Rotation
 from batchbench.batching.engines.torch.triton import ops
 from batchbench.workloads.sampling import Sampling
 
@@ -29,6 +28,8 @@ _TYPES = {
 
 
 def _type(value: object) -> str:
+    if value is None:
+        return "constexpr"
     if isinstance(value, torch.Tensor):
         return _TYPES[value.dtype]
     if isinstance(value, float):
@@ -56,7 +57,9 @@ def compile_for(capability: int, *formats: str) -> None:
         aligned = {
             (i,): [["tt.divisibility", 16]] for i, arg in enumerate(args) if _is_aligned(arg)
         }
-        made = triton.compile(ASTSource(kernel, signature, options, aligned), target=target)
+        absent = {n: None for n, arg in zip(kernel.arg_names, args, strict=False) if arg is None}
+        source = ASTSource(kernel, signature, {**options, **absent}, aligned)
+        made = triton.compile(source, target=target)
         sizes = f"{len(made.asm['cubin'])} bytes, {made.metadata.shared} shared"
         sys.stdout.write(f"{kernel.__name__}: {sizes}\n")
         assert made.metadata.shared <= 99 * 1024  # what every GPU from Ampere on has

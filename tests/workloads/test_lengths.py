@@ -18,7 +18,7 @@ from batchbench.workloads import WorkloadSpec, make_workload
 from batchbench.workloads.arrivals import ArrivalProcess
 from batchbench.workloads.generate import Outline, make_outline
 from batchbench.workloads.lengths import LONGEST, Cycle, Drawn, Empirical, Lengths, parse_lengths
-from batchbench.workloads.seeds import stream
+from batchbench.workloads.request import stream
 
 DRAWS = 100_000
 

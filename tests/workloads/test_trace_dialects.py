@@ -231,9 +231,7 @@ def test_mooncake_without_times_comes_all_at_once(file: Path) -> None:
     assert trace.format == "mooncake"
     assert trace.due_ns is None
     assert trace.prompt_tokens.tolist() == [30, 40]
-    with pytest.raises(
-        UsageError, match=r"^--trace-time-unit s: --trace \S+ has no times; drop it"
-    ):
+    with pytest.raises(UsageError, match=r"^--trace \S+: has no times; drop --trace-time-unit$"):
         read(file, time_unit="s")
     told = refusal(file, lines(*rows, {"timestamp": 5, **rows[0]}))
     assert told.startswith("line 3: has a timestamp, unlike the first row")
@@ -248,7 +246,10 @@ def test_mooncake_may_hold_the_texts_of_its_prompts(file: Path) -> None:
     assert trace.prompt_tokens.tolist() == [16, 16]
     for row, fault in (
         ({"timestamp": 100, "input_length": 20}, "output_length is missing"),
-        ({"timestamp": 100, "input_length": 20, "output_length": 7}, "lacks text_input, unlike"),
+        (
+            {"timestamp": 100, "input_length": 20, "output_length": 7},
+            "lacks the content of its prompt, unlike",
+        ),
         ({**text, "text_input": ""}, "text_input is empty"),
         ({**text, "text_input": 7}, "text_input is 7: must be a text"),
     ):

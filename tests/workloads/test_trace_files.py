@@ -23,7 +23,7 @@ from support.trace_samples import AZURE, MOONCAKE, SAMPLES, SHAREGPT, read, writ
 from batchbench.cli.main import run_command
 from batchbench.errors import UsageError
 from batchbench.workloads.traces import BadRow
-from batchbench.workloads.traces.opening import _ARCHIVES, HEAD_BYTES
+from batchbench.workloads.traces.reading import _ARCHIVES, HEAD_BYTES
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -396,7 +396,7 @@ def test_requests_that_fill_the_memory_are_refused(
 
     monkeypatch.setattr("psutil.virtual_memory", Memory)
     assert refusal(file, AZURE.encode() * 9).startswith(
-        "its first 4 requests fill the memory; take fewer with --queue-size"
+        "its first 5 requests fill the memory; take fewer with --queue-size"
     )
     assert len(read(file, limit=3).prompt_tokens) == 3
 

@@ -24,8 +24,7 @@ class Clock(Protocol):
         """Return when ``now() >= t``."""
 
 
-_SPIN_NS = 200_000
-"""End of a wait in which the clock is read instead of slept on: a sleep ends 60 to 100 µs late."""
+_SPIN_NS = 200_000  # end of a wait without sleep: a sleep ends 60 to 100 µs late
 
 
 class WallClock:

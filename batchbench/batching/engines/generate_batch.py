@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,7 @@ from batchbench.batching.strategies import GENERATE_BATCH_SAMPLES, Context
 from batchbench.errors import UsageError, reason_in_short
 from batchbench.workloads import Arrivals, Request, Workload
 
-PAGE = 256
-"""Tokens in a page of the cache: the default of transformers."""
-
+PAGE = 256  # tokens in a page of the cache: the default of transformers
 _POLL_S = 0.5  # between two checks that its thread is alive
 
 
@@ -40,17 +38,6 @@ def pages_of(slots: int, max_len: int) -> int:
     """Return the pages of the cache: for each request one more than it fills, and a quarter more,
     since no request is admitted with less than 15 % of the pages free."""
     return math.ceil(slots * (math.ceil(max_len / PAGE) + 1) * 1.25) + 1
-
-
-def make(context: Context) -> GenerateBatch:
-    """Return the strategy on the model of the experiment."""
-    return GenerateBatch(
-        context.load(),
-        context.slots,
-        context.max_len,
-        order=context.order,
-        max_batched_tokens=context.max_batched_tokens,
-    )
 
 
 class GenerateBatch:
@@ -75,13 +62,17 @@ class GenerateBatch:
         max_batched_tokens: int = 2048,
     ) -> None:
         self._model, self._slots, self._order = model, slots, order
+        half = model.dtype in (torch.float16, torch.bfloat16)
+        self._flash = half and model.device.type == "cuda"
         blocks = pages_of(slots, max_len)
         self.cache_bytes = blocks * PAGE * kv_token_bytes(model.module.config, model.dtype)
-        self._config = {
+        self._config: dict[str, Any] = {
             "num_blocks": blocks,
             "max_batch_tokens": max(slots, min(max_batched_tokens, slots * max_len)),
             "max_requests_per_batch": slots,
         }
+        if _HAS_FLASH_SWITCH:
+            self._config["auto_switch_to_flash"] = self._flash
         self._manager: Any = None
 
     def serve(self, workload: Workload, watch: Watch, *, trial: int = 0) -> Recording:
@@ -96,7 +87,12 @@ class GenerateBatch:
                 request.index: (request, result)
                 for request, result in self._served(manager, workload, clock, progress, watch)
             }
-            about = {"engine": f"transformers {transformers.__version__}", **self._settings()}
+            graphs = self._manager.continuous_batching_config.use_cuda_graph
+            about = {
+                "engine": f"transformers {transformers.__version__}",
+                "attention": self._model.module.config._attn_implementation,
+                "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
+            }
         header = Header.of(self.name, trial, self._slots, workload, about)
         requests, results = zip(*(served[i] for i in range(len(workload))), strict=True)
         return Recording.of_tokens(
@@ -109,12 +105,7 @@ class GenerateBatch:
         )
 
     def _served(
-        self,
-        manager: Any,
-        workload: Workload,
-        clock: WallClock,
-        progress: Progress,
-        watch: Watch,
+        self, manager: Any, workload: Workload, clock: WallClock, progress: Progress, watch: Watch
     ) -> Iterator[tuple[Request, Any]]:
         arrivals = Arrivals(workload)
         running: dict[int, Request] = {}
@@ -126,16 +117,19 @@ class GenerateBatch:
                 assert arrivals.next_due is not None
                 clock.wait_until(arrivals.next_due)
                 continue
-            result = manager.get_result(timeout=_timeout_s(arrivals.next_due, clock))
+            due_s = _POLL_S
+            if arrivals.next_due is not None:
+                due_s = min(_POLL_S, max(0.0001, (arrivals.next_due - clock.now()) / 1e9))
+            result = manager.get_result(timeout=due_s)
             if result is None:
                 if not manager.is_running():
-                    raise UsageError(_failed("its thread ended early"))
+                    raise _failed("its thread ended early")
                 watch.progressed(progress)
                 continue
             if not result.is_finished():
                 continue
             if result.error is not None:
-                raise UsageError(_failed(result.error))
+                raise _failed(result.error)
             request = running.pop(int(result.request_id))
             arrivals.finished(request, _trial_ns(result.timestamps[-1], clock))
             progress.done += 1
@@ -160,12 +154,17 @@ class GenerateBatch:
         """Yield the manager with its thread running and its cache ready; then restore the model."""
         module = self._model.module
         before = module.config._attn_implementation
-        flash = self._flash_allowed()
-        module.set_attn_implementation("sdpa" if flash or _HAS_FLASH_SWITCH else "paged|sdpa")
+        switches = self._flash or _HAS_FLASH_SWITCH
+        module.set_attn_implementation("sdpa" if switches else "paged|sdpa")
         try:
             if self._manager is not None:
                 setattr(module, _CACHED_MANAGER, self._manager)
-            manager = self._make_manager()
+            manager = module.init_continuous_batching(
+                generation_config=GenerationConfig(
+                    do_sample=False, eos_token_id=-1, pad_token_id=0
+                ),
+                continuous_batching_config=ContinuousBatchingConfig(**self._config),
+            )
             if manager is not self._manager:
                 self._manager = manager
                 # Its thread writes to what is made here, in some versions without inference mode.
@@ -186,31 +185,8 @@ class GenerateBatch:
             # The manager holds locks of threads, and verification copies the model.
             vars(module).pop(_CACHED_MANAGER, None)
 
-    def _make_manager(self) -> Any:
-        options = dict(self._config)
-        if _HAS_FLASH_SWITCH:
-            options["auto_switch_to_flash"] = self._flash_allowed()
-        return self._model.module.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-            continuous_batching_config=ContinuousBatchingConfig(**options),
-        )
 
-    def _flash_allowed(self) -> bool:
-        half = self._model.dtype in (torch.float16, torch.bfloat16)
-        return half and self._model.device.type == "cuda"
-
-    def _settings(self) -> Mapping[str, Any]:
-        """Return the settings that transformers chose, for the header."""
-        graphs = self._manager.continuous_batching_config.use_cuda_graph
-        return {
-            "attention": self._model.module.config._attn_implementation,
-            "cuda_graphs": any(graphs) if isinstance(graphs, Sequence) else bool(graphs),
-        }
-
-
-_CACHED_MANAGER = "_cached_continuous_batching_manager"
-"""The attribute in which a model keeps the manager of the last session for the next."""
-
+_CACHED_MANAGER = "_cached_continuous_batching_manager"  # the attribute of a model that keeps it
 _HAS_FLASH_SWITCH = "auto_switch_to_flash" in {
     field.name for field in dataclasses.fields(ContinuousBatchingConfig)
 }
@@ -221,15 +197,19 @@ def _trial_ns(seconds: float, clock: WallClock) -> int:
     return round(seconds * 1e9) - clock.zero_ns
 
 
-def _timeout_s(due_ns: int | None, clock: WallClock) -> float:
-    """Return the seconds to wait for a result, at most until the next request is due."""
-    if due_ns is None:
-        return _POLL_S
-    return min(_POLL_S, max(0.0001, (due_ns - clock.now()) / 1e9))
+def _failed(why: str) -> UsageError:
+    short = reason_in_short(why)
+    return UsageError(
+        f"--strategy generate_batch: transformers' continuous batching failed: {short}; remove it"
+    )
 
 
-def _failed(why: str) -> str:
-    return (
-        "--strategy generate_batch: transformers' continuous batching failed: "
-        f"{reason_in_short(why)}; remove it"
+def make(context: Context) -> GenerateBatch:
+    """Return the strategy on the model of the experiment."""
+    return GenerateBatch(
+        context.load(),
+        context.slots,
+        context.max_len,
+        order=context.order,
+        max_batched_tokens=context.max_batched_tokens,
     )

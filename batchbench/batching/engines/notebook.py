@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from batchbench.batching.engines.torch.attention import cache_argument
@@ -19,7 +20,7 @@ from batchbench.batching.plan import Plan
 from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 
-PastKeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+PastKeyValues = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, ``[rows, heads, columns, head_dim]`` each."""
 
 
@@ -56,24 +57,23 @@ class NotebookEngine(TorchEngine):
             self._filter([slot not in plan.released for slot in self._rows])
         super()._prepare(plan)
 
-    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+    def _forward(self, plan: Plan, step: int) -> Tensor:
         return self._prefill(plan) if plan.chunks else self._decode(plan, step)
 
-    def _prefill(self, plan: Plan) -> torch.Tensor:
+    def _prefill(self, plan: Plan) -> Tensor:
         """Compute the new requests' prompts and merge them into the batch."""
         prompts = [self._workload.prompt(chunk.request.index) for chunk in plan.chunks]
         longest = max(map(len, prompts))
         ids, mask = np.zeros((2, len(prompts), longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
+        for prompt, own_ids, own_mask in zip(prompts, ids, mask, strict=True):
+            own_ids[-len(prompt) :], own_mask[-len(prompt) :] = prompt, 1
         positions = np.maximum(mask.cumsum(1) - 1, 0)
         new_mask = self._tensor(mask)
         slots = [chunk.slot for chunk in plan.chunks]
         best, past = self._compute(self._tensor(ids), new_mask, positions, [], slots)
         columns = max(longest, self._mask.shape[1])
 
-        def joined(dim: int, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        def joined(dim: int, old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([_left_padded(part, dim, columns) for part in (old, new)])
 
         self._mask = joined(1, self._mask, new_mask)
@@ -84,7 +84,7 @@ class NotebookEngine(TorchEngine):
         self._rows += slots
         return best
 
-    def _decode(self, plan: Plan, step: int) -> torch.Tensor:
+    def _decode(self, plan: Plan, step: int) -> Tensor:
         """Compute one token for every row; columns that finished rows add are masked."""
         row_of = {slot: row for row, slot in enumerate(self._rows)}
         rows = np.array([row_of[slot] for slot in plan.slots.tolist()], np.int64)
@@ -97,12 +97,12 @@ class NotebookEngine(TorchEngine):
 
     def _compute(
         self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
+        ids: Tensor,
+        mask: Tensor,
         positions: np.ndarray,
         past: PastKeyValues,
         slots: list[int],
-    ) -> tuple[torch.Tensor, PastKeyValues]:
+    ) -> tuple[Tensor, PastKeyValues]:
         """Return the next token of each row, and the past key-values with this pass in them."""
         cache = DynamicCache()
         for layer, (k, v) in enumerate(past):
@@ -132,10 +132,7 @@ class NotebookEngine(TorchEngine):
         self._past = [(k[rows][:, :, first:], v[rows][:, :, first:]) for k, v in self._past]
 
 
-def _left_padded(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    missing = size - tensor.shape[dim]
-    if not missing:
-        return tensor
+def _left_padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     shape = list(tensor.shape)
-    shape[dim] = missing
-    return torch.cat([tensor.new_zeros(shape), tensor], dim)
+    shape[dim] = size - shape[dim]
+    return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

@@ -18,10 +18,7 @@ UNIT_NS = 1_000_000
 
 
 class SimulatedEngine:
-    """Advance a virtual clock as if passes were computed.
-
-    ``cost`` is the nanoseconds of every step, or the cost of a step by its work.
-    """
+    """Advance a virtual clock by the ``cost`` of a step, which is ns or depends on its work."""
 
     simulated = True
     looks_late = False
@@ -31,18 +28,14 @@ class SimulatedEngine:
         self.clock = VirtualClock()
         self._cost = StepCost(cost) if isinstance(cost, int) else cost
         self._host_ns = round(self._cost.host_ns)
-        self._restart()
 
-    def _restart(self) -> None:
+    def begin(self, workload: Workload) -> None:
+        self.clock.restart()
         self._starts = array("q")
         self._spans = array("q")  # beyond, first, growth of each call, in ps
         self._ended, self._beyond_ps = 0, 0  # the clock counts whole nanoseconds
         self._steps = 0
         self._growing = self._chunks = -1  # of the last call
-
-    def begin(self, workload: Workload) -> None:
-        self.clock.restart()
-        self._restart()
 
     def run(self, plan: Plan) -> int:
         start = self.clock.now()
@@ -64,8 +57,7 @@ class SimulatedEngine:
     def _batch_changes(self, plan: Plan) -> bool:
         """Return True if requests join or finish, so that the host decides something.
 
-        Several calls for one unchanged batch cost no host time: the result does not depend on how
-        many passes are planned at once.
+        Several calls for one unchanged batch cost no host time, however many they are.
         """
         chunks, self._chunks = self._chunks, len(plan.chunks)
         if plan.chunks:

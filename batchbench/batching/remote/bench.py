@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from batchbench.batching.batcher import Batcher, Strategy
-from batchbench.batching.bench import GRACE, Bench, check_pair_time, in_turn
+from batchbench.batching.bench import GRACE, Bench, check_context, check_pair_time, in_turn
 from batchbench.batching.engines.simulated import SimulatedEngine
 from batchbench.batching.experiment import Experiment
 from batchbench.batching.machine import environment
@@ -38,7 +38,7 @@ from batchbench.batching.remote.outcome import (
 )
 from batchbench.batching.remote.serve import Attempt, Served
 from batchbench.batching.remote.spec import CHAT, SERVED_MODEL, TargetSpec
-from batchbench.batching.trials import WarmUp, beginning
+from batchbench.batching.trials import WarmUp, beginning, settle
 from batchbench.batching.verification import NOT_VERIFIED, Verification, verify
 from batchbench.errors import UsageError, shown
 from batchbench.workloads import Request, Workload, WorkloadSpec, make_workload
@@ -118,15 +118,7 @@ class RemoteBench(Bench):
             note=self._watch.note,
         )
         self._check_sampling(workload)
-        total = workload.prompt_tokens + workload.output_tokens
-        longest = int(total.argmax())
-        if context is not None and total[longest] > context:
-            raise UsageError(
-                f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
-                f"{workload.output_tokens[longest]} output tokens exceed the {context} that the "
-                "server takes; lower --long-tokens, --short-tokens or the length of prompts, give "
-                "--overlong clip, scale or skip, or start the server with a longer context"
-            )
+        check_context(workload, context, "the server, as it was started,")
         return workload
 
     def _check_sampling(self, workload: Workload) -> None:
@@ -186,7 +178,7 @@ class RemoteBench(Bench):
         other._until_ns = time.perf_counter_ns() + round(GRACE * limit * 1e9)
         return other
 
-    def warm_up(self, *, most: int = 10, within: float = 0.05) -> WarmUp:
+    def warm_up(self, *, most: int = 10) -> WarmUp:
         """Start the clients, and serve a short piece until its latency settles.
 
         It has as many requests at once as a trial; this process sends them.
@@ -203,24 +195,21 @@ class RemoteBench(Bench):
         self._watch.phase("warming up")
         began = time.monotonic()
         piece = beginning(self.workload, serving.batch_size, output_tokens=WARM_UP_TOKENS)
-        served = self.strategy("continuous")
-        medians: list[float] = []
-        change, settled = None, False
-        while len(medians) < most and not settled:
-            try:
-                recording = served.serve(piece, Watch())
-            except TrialFailed as error:
-                if error.is_usage:
-                    text = error.failed["failed"][0]["text"]
-                    raise UsageError(f"--target: {text}") from error
-                raise TrialFailed(error.failed, is_usage=False, where="the warm-up") from error
-            # Not the time between tokens: a server may send several at once.
-            medians.append(float(np.median(recording.last_token_ns - recording.requests.due_ns)))
-            if len(medians) > 1:
-                change = medians[-1] / medians[-2] - 1
-                settled = abs(change) < within
-        duration_s = time.monotonic() - began
-        return WarmUp(len(medians), settled, change, round(token_ns(recording)), duration_s)
+        recordings = list[Recording]()
+
+        def latency_ns() -> float:
+            """Serve the piece; a server may send several tokens at once, so not the time of one."""
+            recordings.append(self.strategy("continuous").serve(piece, Watch()))
+            return float(np.median(recordings[-1].last_token_ns - recordings[-1].requests.due_ns))
+
+        try:
+            warm_up = settle(latency_ns, most, began)
+        except TrialFailed as error:
+            if error.is_usage:
+                text = error.failed["failed"][0]["text"]
+                raise UsageError(f"--target: {text}") from error
+            raise TrialFailed(error.failed, is_usage=False, where="the warm-up") from error
+        return replace(warm_up, step_ns=round(token_ns(recordings[-1])))
 
     def check_time(self, warm_up: WarmUp) -> None:
         """Raise UsageError if one pair of trials takes longer than ``--max-time``."""
@@ -330,8 +319,8 @@ class RemoteBench(Bench):
     def server(self) -> ServerFacts:
         """Return the server's facts and its own counts of each finished trial."""
         done = self._counts
-        before = [attempt.before for attempt in chain(*done.values()) if attempt.before]
-        running = [b.running + (b.waiting or 0) for b in before if b.running is not None]
+        before = [attempt.before for attempt in chain(*done.values())]
+        running = [b["running"] + b.get("waiting", 0) for b in before if "running" in b]
         return ServerFacts(
             name=self._dialect.name,
             version=self._dialect.version,
@@ -423,18 +412,12 @@ def with_ids(
         return recording, set(range(len(outputs)))
     ids, unknown = list[Sequence[int]](), set[int]()
     for i, count in enumerate(recording.requests.output_tokens.tolist()):
-        found = _ids_of(outputs[i], tokenizer)
+        found, text = outputs[i]
+        if found is None and "\ufffd" not in text:  # else other tokens give the same text
+            encoded = tokenizer.encode(text)
+            found = encoded if tokenizer.decode(encoded) == text else None
         if found is None or len(found) != count:
             unknown.add(i)
             found = [0] * count
         ids.append(found)
     return replace(recording, tokens=np.concatenate(ids).astype(np.int32)), unknown
-
-
-def _ids_of(output: Output, tokenizer: Tokenizer) -> Sequence[int] | None:
-    if output.ids is not None:
-        return output.ids
-    if "\ufffd" in output.text:  # bytes that are no character; other tokens give the same text
-        return None
-    found = tokenizer.encode(output.text)
-    return found if tokenizer.decode(found) == output.text else None

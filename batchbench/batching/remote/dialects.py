@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from batchbench.batching.remote.events import json_or_none
 from batchbench.batching.remote.exchange import Address
+from batchbench.batching.remote.spec import CHAT
 from batchbench.batching.remote.wire import get
 from batchbench.errors import UsageError, shown
 from batchbench.json_file import LARGEST
@@ -24,8 +25,8 @@ from batchbench.workloads.request import Stream
 Json = Mapping[str, Any]
 """A JSON object that a server sent: nothing is certain about its keys and values."""
 
-CHAT = "/chat/completions"
-"""The end of the endpoints that take messages and not a prompt."""
+
+_USAGE: Json = {"stream_options": {"include_usage": True}}
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,16 @@ class Dialect:
     prompt_cache_off: bool = False
     """Each request turns the cache of prompts off, or asks for a part of it of its own. Without
     such a field, the counts of cached tokens show whether it was used."""
-    fields: Json = field(default_factory=dict)  # of every request
+    fields: Json = field(default_factory=lambda: dict(_USAGE))  # of every request
     salt_field: str | None = None  # gets a random text, so that no two share a cached prompt
     ends_with_done: bool = True  # a complete stream ends with `data: [DONE]`
-    usage_on_request: bool = True  # the usage comes only if `stream_options` asks for it
     top_k: bool = True  # a sampled request may have this field
     all_tokens: Json = field(default_factory=lambda: {"top_p": 1})
     """Fields with which a sampled request keeps all tokens; without them, some servers cut as their
     own or the model's defaults say."""
     metrics: Mapping[str, str] = field(default_factory=dict)
-    """Its names at ``/metrics`` for the fields of :class:`ServerCounters`."""
+    """Its names at ``/metrics`` for our :data:`Counts`."""
 
-
-_STREAM_OPTIONS = "stream_options"
 
 _OF_VLLM: dict[str, Any] = {
     "prompt_ids": True,
@@ -65,7 +63,7 @@ _OF_VLLM: dict[str, Any] = {
     "fields": {
         "return_token_ids": True,
         # The usage in every chunk.
-        _STREAM_OPTIONS: {"include_usage": True, "continuous_usage_stats": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     },
     "salt_field": "cache_salt",
     "all_tokens": {"top_p": 1, "top_k": -1, "min_p": 0},
@@ -80,7 +78,7 @@ DIALECTS: Mapping[str, Dialect] = {
             prompt_ids=True,
             prompt_cache_off=True,
             # `verbose` adds the ids to a chunk; `logprobs` would too, and computes a softmax.
-            fields={"cache_prompt": False, "timings_per_token": True, "verbose": True},
+            fields={**_USAGE, "cache_prompt": False, "timings_per_token": True, "verbose": True},
             all_tokens={"top_p": 1, "top_k": 0, "min_p": 0},
             metrics={
                 "llamacpp:n_decode_total": "passes",
@@ -132,7 +130,7 @@ DIALECTS: Mapping[str, Dialect] = {
             "transformers",
             length_field="generation_config",
             ends_with_done=False,
-            usage_on_request=False,
+            fields={},  # it sends the usage unasked
         ),
         Dialect("openvino", metrics={"ovms_current_graphs": "running"}),
         Dialect("openai", prompt_ids=True, top_k=False),
@@ -150,7 +148,6 @@ def body_for(
     *,
     ignore_eos: bool = True,
     extra_body: Json | None = None,
-    stream: bool = True,
     drawn: Stream | None = None,
 ) -> bytes:
     """Return the body of a request.
@@ -165,7 +162,7 @@ def body_for(
         UsageError: the prompt has token ids, and the server takes texts alone.
     """
     body: dict[str, object] = {} if model is None else {"model": model}
-    chat = endpoint.endswith(CHAT)
+    chat = endpoint == CHAT
     if not isinstance(prompt, str) and (chat or not dialect.prompt_ids):
         raise UsageError(
             f"--endpoint {shown(endpoint)}: this {dialect.name} server takes texts, not token ids; "
@@ -175,17 +172,13 @@ def body_for(
         body["messages"] = [{"role": "user", "content": prompt}]
     else:
         body["prompt"] = prompt if isinstance(prompt, str) else [int(token) for token in prompt]
-    body |= {"max_tokens": output_tokens, "temperature": 0, "stream": stream}
+    body |= {"max_tokens": output_tokens, "temperature": 0, "stream": True}
     if drawn is not None:
         how = drawn.sampling
         body |= {"temperature": how.temperature, "seed": drawn.seed, **dialect.all_tokens}
         body |= {"top_p": how.top_p} if how.top_p < 1 else {}
         body |= {"top_k": how.top_k} if how.top_k else {}
-    if stream and dialect.usage_on_request:
-        body[_STREAM_OPTIONS] = {"include_usage": True}
     body |= dialect.fields
-    if not stream:
-        body.pop(_STREAM_OPTIONS, None)
     if dialect.salt_field is not None:
         body[dialect.salt_field] = secrets.token_hex(8)
     if ignore_eos and dialect.length_field == "ignore_eos":
@@ -336,54 +329,38 @@ MOST_EXACT = 10**6
 passes the difference of two readings is off by up to ten."""
 
 
-@dataclass(frozen=True)
-class ServerCounters:
-    """Counts that a server keeps; one that it does not have is None.
+Counts = Mapping[str, int]
+"""The counts that a server keeps, by our names for them.
 
-    ``passes``, ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` grow from the server's
-    start; ``running`` and ``waiting`` are the requests that it has at the moment.
-    """
-
-    passes: int | None = None
-    prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    cached_tokens: int | None = None
-    running: int | None = None
-    waiting: int | None = None
-
-    def since(self, before: ServerCounters) -> ServerCounters:
-        """Return the counts that grew since an earlier reading, and this one's requests.
-
-        A counter that is smaller than before started again with its server, and is None.
-        """
-        grown = dict[str, int | None]()
-        for name in ("passes", "prompt_tokens", "output_tokens", "cached_tokens"):
-            earlier, now = getattr(before, name), getattr(self, name)
-            known = earlier is not None and now is not None and now >= earlier
-            grown[name] = now - earlier if known else None
-        return replace(self, **grown)
+``passes``, ``prompt_tokens``, ``output_tokens`` and ``cached_tokens`` grow from the server's start;
+``running`` and ``waiting`` are the requests that it has at the moment.
+"""
 
 
-def read_counters(address: Address, dialect: Dialect) -> ServerCounters | None:
-    """Return the server's counts now; None if it shows none."""
-    if not dialect.metrics:
-        return None
+def read_counts(address: Address, dialect: Dialect) -> Counts:
+    """Return the server's counts now; empty if it shows none."""
     try:
-        response = get(address, "/metrics")
+        response = get(address, "/metrics") if dialect.metrics else None
     except UsageError:
-        return None
-    if response.status != 200:
-        return None
-    return counters_in(response.body.decode(errors="replace"), dialect.metrics)
+        return {}
+    if response is None or response.status != 200:
+        return {}
+    return counts_in(response.body.decode(errors="replace"), dialect.metrics)
 
 
-def counters_in(text: str, names: Mapping[str, str]) -> ServerCounters | None:
-    """Return the counts in a Prometheus text, summed over labels; None if it has none of them."""
+def counts_in(text: str, names: Mapping[str, str]) -> Counts:
+    """Return the counts in a Prometheus text, summed over labels."""
     found: dict[str, float] = {}
     for name, value in samples(text):
         if name in names and not (name.startswith("llamacpp:") and value >= MOST_EXACT):
             found[names[name]] = found.get(names[name], 0.0) + value
-    return ServerCounters(**{k: round(value) for k, value in found.items()}) if found else None
+    return {name: round(value) for name, value in found.items()}
+
+
+def growth_of(before: Counts, after: Counts) -> Counts:
+    """Return what grew; a count that is smaller than before started again with its server."""
+    grown = {name: count - before[name] for name, count in after.items() if name in before}
+    return {name: count for name, count in grown.items() if count >= 0}
 
 
 def samples(text: str) -> Iterator[tuple[str, float]]:

@@ -13,7 +13,7 @@ import numpy as np
 from batchbench.batching.progress import Progress, Watch
 from batchbench.batching.recording import Header, Ints, Recording
 from batchbench.batching.remote import wire
-from batchbench.batching.remote.dialects import Dialect, ServerCounters, read_counters
+from batchbench.batching.remote.dialects import Counts, Dialect, growth_of, read_counts
 from batchbench.batching.remote.events import ClientLag, Reply, client_lag, parse
 from batchbench.batching.remote.exchange import (
     Address,
@@ -75,26 +75,29 @@ class Served:
             TrialFailed: a request failed.
             OutOfTimeError: the time for trials is up.
         """
-        before = read_counters(self.address, self.dialect)
+        before = read_counts(self.address, self.dialect)
         if self.share is not None and self.clients_share(workload):
             played = self.share(self, workload, watch, trial)
         else:
             played = self.play(workload, watch, trial)
-        after = read_counters(self.address, self.dialect)
-        growth = after.since(before) if before and after else ServerCounters()
+        after = read_counts(self.address, self.dialect)
+        growth = growth_of(before, after)
         cached = _sum([reply.cached_tokens for reply in played.replies])
         return Attempt(
             self._recording(workload, played, trial),
             played.replies,
             before,
-            growth.cached_tokens if cached is None else cached,
-            growth.passes,
+            growth.get("cached_tokens") if cached is None else cached,
+            growth.get("passes"),
         )
 
     def clients_share(self, workload: Workload) -> bool:
         """Return True if several clients can share the workload without knowing of each other."""
-        timed = bool(workload.due_ns.any()) and workload.max_concurrency is None
-        return timed and self.name == CONTINUOUS
+        return self.is_timed(workload) and workload.max_concurrency is None
+
+    def is_timed(self, workload: Workload) -> bool:
+        """Return True if each request is sent when it is due, however many are in flight."""
+        return bool(workload.due_ns.any()) and self.name == CONTINUOUS
 
     def play(self, workload: Workload, watch: Watch, trial: int, zero_ns: int = -1) -> Played:
         """Send every request of the workload once, from ``zero_ns`` on, or at once if it is -1.
@@ -181,7 +184,7 @@ class Attempt:
 
     recording: Recording
     replies: Sequence[Reply]
-    before: ServerCounters | None  # when the trial began
+    before: Counts  # when the trial began
     cached_tokens: int | None  # prompt tokens, by the usage of each request, else by a counter
     passes: int | None
 
@@ -202,8 +205,7 @@ class _Feed:
         self._waiting: deque[Request] = deque()
         self._wave = 0  # requests that the current wave still lacks
         self._unfinished: list[Request] = []
-        timed = bool(workload.due_ns.any()) and served.name == CONTINUOUS
-        self._most = len(workload) if timed else served.slots
+        self._most = len(workload) if served.is_timed(workload) else served.slots
         self._progress = Progress(served.name, trial, served.slots, len(workload))
         self._sent = self._show_ns = 0
         self.zero_ns = zero_ns

@@ -13,7 +13,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from batchbench.batching.machine import HARDWARE, SOFTWARE, differences, environment, facts_of
 from batchbench.batching.models import ModelCache
@@ -37,31 +38,20 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
+class _Reason:
+    reason: str
+
+
+class Failed(_Reason):
     """The reason for which a job cannot be done on any machine; it would fail again."""
 
-    reason: str
 
-
-@dataclass(frozen=True)
-class Lost:
+class Lost(_Reason):
     """The loss of a job with its machine or process, which says nothing about the job."""
 
-    reason: str
 
-
-@dataclass(frozen=True)
-class Unlike:
+class Unlike(_Reason):
     """The refusal of a machine, with its difference from the machine of the first job."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Raised:
-    """An error that a job raised elsewhere, which :func:`run_jobs` raises here."""
-
-    error: Exception
 
 
 Work = Callable[[Watch, ModelCache], Done | Failed]
@@ -82,17 +72,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of the job ``key``, with its node, which is empty for this process."""
+    """The end of the job ``key``, with its node, which is empty for this process.
+
+    An exception is the error that the job raised elsewhere.
+    """
 
     key: str
-    outcome: Done | Failed | Lost | Unlike | Raised
+    outcome: Done | Failed | Lost | Unlike | Exception
     node: str = ""
     seconds: float = 0.0
 
     @property
     def reason(self) -> str | None:
         """Why the job has no files."""
-        return getattr(self.outcome, "reason", None)
+        return self.outcome.reason if isinstance(self.outcome, _Reason) else None
 
 
 @dataclass(frozen=True)
@@ -102,8 +95,7 @@ class Needs:
     Attributes:
         like: facts that a machine must have.
         same: all machines must be like the first.
-        timed: jobs measure times: a device is a whole GPU, or all cores of a node. Otherwise it
-            is a core.
+        timed: jobs measure times, so a device is a whole GPU or all cores of a node, not a core.
         gpus: jobs may use GPUs.
     """
 
@@ -113,39 +105,11 @@ class Needs:
     gpus: bool = False
 
 
-class Executor(Protocol):
-    """Runs jobs somewhere. Each job that is submitted comes out of :meth:`wait` once."""
+class Executor:
+    """Runs jobs somewhere: this one in this process, each as soon as its end is waited for.
 
-    @property
-    def free(self) -> int:
-        """Number of jobs that can be submitted now."""
-
-    @property
-    def running(self) -> Mapping[str, str]:
-        """Node of each submitted job by its key; ``queued`` where the job has not begun."""
-
-    @property
-    def machines(self) -> int:
-        """Number of machines that are held now and have a price."""
-
-    def submit(self, job: Job) -> None:
-        """Take a job; ``free`` is not 0."""
-
-    def wait(self) -> Sequence[Ended]:
-        """Wait about a second, or less if a job ends; return the jobs that have ended.
-
-        Raises:
-            BatchbenchError: no job can run any more.
-        """
-
-    def close(self) -> None:
-        """Stop what still runs, and give the machines back."""
-
-
-class Local:
-    """Runs one job at a time in this process, as soon as its end is waited for."""
-
-    machines = 1
+    Each job that is submitted comes out of :meth:`wait` once.
+    """
 
     def __init__(self, watch: Watch | None = None) -> None:
         self._watch, self._models = watch or Watch(), ModelCache()
@@ -153,16 +117,29 @@ class Local:
 
     @property
     def free(self) -> int:
+        """Number of jobs that can be submitted now."""
         return 0 if self._job else 1
 
     @property
     def running(self) -> Mapping[str, str]:
+        """Node of each job that runs elsewhere, by key; ``queued`` if it has not begun."""
         return {}
 
+    @property
+    def machines(self) -> int:
+        """Number of machines that are held now and have a price."""
+        return 1
+
     def submit(self, job: Job) -> None:
+        """Take a job; ``free`` is not 0."""
         self._job = job
 
     def wait(self) -> Sequence[Ended]:
+        """Wait about a second, or less if a job ends; return the jobs that have ended.
+
+        Raises:
+            BatchbenchError: no job can run any more.
+        """
         job, self._job = self._job, None
         if job is None:
             return []
@@ -171,7 +148,7 @@ class Local:
         return [Ended(job.key, outcome, seconds=time.monotonic() - began)]
 
     def close(self) -> None:
-        """Do nothing: nothing runs while nobody waits."""
+        """Stop what still runs, and give the machines back."""
 
 
 def run_jobs(
@@ -204,8 +181,8 @@ def run_jobs(
             submitted[job.key] = job
         for ended in executor.wait():
             job = submitted.pop(ended.key)
-            if isinstance(ended.outcome, Raised):
-                raise ended.outcome.error
+            if isinstance(ended.outcome, Exception):
+                raise ended.outcome
             losses[ended.key] += isinstance(ended.outcome, Lost)
             lost = isinstance(ended.outcome, Lost) and losses[ended.key] <= MOST_RERUNS
             if lost or isinstance(ended.outcome, Unlike):
@@ -215,16 +192,18 @@ def run_jobs(
         waited()
 
 
-def run_parts(
-    jobs: Sequence[Job], executor: Executor, watch: Watch
-) -> dict[str, tuple[Mapping[str, bytes | str], str]]:
-    """Run all parts of a study that keeps none of them; return the files and node of each by key.
+Parts = dict[str, tuple[Mapping[str, bytes | str], str]]
+"""The files and the node of each part of a study, by its key."""
+
+
+def run_parts(jobs: Sequence[Job], executor: Executor, watch: Watch) -> Parts:
+    """Run all parts of a study that keeps none of them.
 
     Raises:
         UsageError: a part cannot be done.
         IncompleteError: a part was lost with its machine, several times.
     """
-    ends, shown = dict[str, tuple[Mapping[str, bytes | str], str]](), ""
+    ends, shown = Parts(), ""
 
     def waited() -> None:
         nonlocal shown
@@ -254,18 +233,11 @@ PLACES_S = 60.0
 """Seconds without a free place after which not all clients can run at once."""
 
 LEAVE_S = 10.0
-"""Seconds in which clients leave after the end."""
 
 
-@dataclass(frozen=True)
-class ClientWork:
-    """One of several clients of a server, until they are not needed any more."""
-
-    join: Callable[[], None]
-
-    def __call__(self, watch: Watch, models: ModelCache) -> Done:
-        self.join()
-        return Done({})
+def _join(join: Callable[[], None], watch: Watch, models: ModelCache) -> Done:
+    join()
+    return Done({})
 
 
 def clients_on(executor: Executor) -> Start:
@@ -273,7 +245,9 @@ def clients_on(executor: Executor) -> Start:
 
     @contextmanager
     def start(join: Callable[[], None], count: int) -> Iterator[Callable[[], None]]:
-        jobs = {f"client {i + 1}": Job(f"client {i + 1}", ClientWork(join)) for i in range(count)}
+        jobs = {
+            f"client {i + 1}": Job(f"client {i + 1}", partial(_join, join)) for i in range(count)
+        }
         waiting, since = deque(jobs), time.monotonic()
 
         def look() -> None:
@@ -287,8 +261,8 @@ def clients_on(executor: Executor) -> Start:
                     "let the executor have more machines"
                 )
             for ended in executor.wait():
-                if isinstance(ended.outcome, Raised):
-                    raise ended.outcome.error
+                if isinstance(ended.outcome, Exception):
+                    raise ended.outcome
                 if not isinstance(ended.outcome, Unlike):
                     reason = ended.reason or "it ended"
                     raise IncompleteError(f"--clients: {ended.key} on {ended.node}: {reason}")
@@ -307,11 +281,10 @@ def clients_on(executor: Executor) -> Start:
 # Kinds of machines: jobs that measure times compare only on machines of one kind
 
 
-_OF_A_CELL = ("device", "threads")
-"""Facts that are options of a cell."""
+_FACTS = (*HARDWARE, *SOFTWARE)
 
-KIND = ("batchbench", *(name for name in (*HARDWARE, *SOFTWARE) if name not in _OF_A_CELL))
-"""Facts in which machines of one kind agree."""
+KIND = ("batchbench", *(name for name in _FACTS if name not in ("device", "threads")))
+"""Facts in which machines of one kind agree; the others are options of a cell."""
 
 
 def here(*, timed: bool) -> dict[str, Any]:
@@ -382,12 +355,12 @@ class Worker:
     def run(self, job: Job) -> Ended:
         """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
-        outcome: Done | Failed | Raised
+        outcome: Done | Failed | Exception
         try:
             outcome = job.work(Watch(), self._models)
         except BatchbenchError as error:
-            outcome = Raised(error)
+            outcome = error
         except Exception as error:  # its class need not be known where it is read
             text = "".join(traceback.format_exception(error))
-            outcome = Raised(RuntimeError(f"{job.key} on {node}: {text}"))
+            outcome = RuntimeError(f"{job.key} on {node}: {text}")
         return Ended(job.key, outcome, node, time.monotonic() - began)

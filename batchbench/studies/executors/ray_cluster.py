@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from batchbench import version
 from batchbench.batching.progress import Watch
 from batchbench.errors import IncompleteError, UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Needs, Worker, unlike
+from batchbench.studies.executors.jobs import Ended, Executor, Job, Lost, Needs, Worker, unlike
 
 PATIENCE_S = 300.0
 """Seconds without any device after which a study gives up; a node may join until then."""
@@ -47,7 +47,7 @@ class _Device:
     ready: bool = False
 
 
-class RayCluster:
+class RayCluster(Executor):
     """Runs jobs on all devices of a Ray cluster, those of nodes that join later included.
 
     ``address`` is ``auto`` or ``ray://HOST:PORT``; None starts Ray on this machine.
@@ -161,29 +161,30 @@ class RayCluster:
             self._served = True
             yield answer
         elif reason := unlike(self._like, answer):
-            self._refuse(device, reason)
+            hint = "" if "batchbench" in reason else "; --any-hardware uses it"
+            self._drop(device)
+            self._refuse(device, f"{reason}{hint}")
         else:
             device.ready = True
             self._like = answer if self._needs.same else self._like
 
     def _lose(self, device: _Device, reason: str) -> Iterator[Ended]:
         """Drop a device that died, and start another if its node is alive; yield its job."""
-        ray.kill(device.actor)
-        self._devices.remove(device)
+        self._drop(device)
         if device.job is not None:
             self._watch.note(f"{device.name} is lost; what it ran runs again elsewhere ({reason})")
             self._start(device.node, device.name, device.options)
             yield Ended(device.job, Lost(reason), device.name)
         elif any(node["NodeID"] == device.node and node["Alive"] for node in ray.nodes()):
-            self._refused[device.node] = reason
-            self._watch.note(f"{device.name} is not used: {reason}")
+            self._refuse(device, reason)
 
-    def _refuse(self, device: _Device, reason: str) -> None:
-        hint = "" if "batchbench" in reason else "; --any-hardware uses it"
-        self._refused[device.node] = f"{reason}{hint}"
-        self._watch.note(f"{device.name} is not used: {reason}{hint}")
+    def _drop(self, device: _Device) -> None:
         ray.kill(device.actor)
         self._devices.remove(device)
+
+    def _refuse(self, device: _Device, reason: str) -> None:
+        self._refused[device.node] = reason
+        self._watch.note(f"{device.name} is not used: {reason}")
 
     def _check(self) -> None:
         """Raise an error if there is no device, and none can be expected."""

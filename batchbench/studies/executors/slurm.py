@@ -16,7 +16,16 @@ import submitit
 
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, reason_in_short
-from batchbench.studies.executors.jobs import Ended, Job, Lost, Needs, Unlike, Worker, unlike
+from batchbench.studies.executors.jobs import (
+    Ended,
+    Executor,
+    Job,
+    Lost,
+    Needs,
+    Unlike,
+    Worker,
+    unlike,
+)
 
 _ASK_S = 30.0
 """Seconds between two questions to Slurm about all jobs; results are looked for all the time."""
@@ -41,7 +50,7 @@ def serve(folder: str, needs: Needs, first: Path, job: Job) -> Ended:
     return worker.run(job)
 
 
-class Slurm:
+class Slurm(Executor):
     """Runs at most ``parallel`` Slurm jobs at once, each with one job of a study.
 
     Args:
@@ -76,7 +85,11 @@ class Slurm:
         self._over: dict[Any, float] = {}  # jobs without a result, since when
         self._excluded: set[str] = set()
         self._asked_at = time.monotonic()
-        self._remove_leftovers()
+        # Jobs and files of a killed process.
+        left = [file.name.split("_")[0] for file in self._folder.glob("*_submitted.pkl")]
+        if left and self._slurm:
+            subprocess.run(["scancel", *left], check=False, capture_output=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         self._first = self._folder / "first.json"
         self._first.write_text(json.dumps(needs.like), "utf-8")
@@ -89,13 +102,6 @@ class Slurm:
             slurm_partition=partition,
             slurm_exclusive=True if needs.timed and not gpus else None,
         )
-
-    def _remove_leftovers(self) -> None:
-        """Cancel the jobs of a killed process, and remove their files."""
-        left = [file.name.split("_")[0] for file in self._folder.glob("*_submitted.pkl")]
-        if left and self._slurm:
-            subprocess.run(["scancel", *left], check=False, capture_output=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def free(self) -> int:

@@ -13,7 +13,7 @@ from batchbench.batching.experiment import Experiment
 from batchbench.batching.progress import Watch
 from batchbench.errors import UsageError, shown
 from batchbench.settings import option_name, setting
-from batchbench.studies.executors.jobs import Executor, Local, Needs, clients_on
+from batchbench.studies.executors.jobs import Executor, Needs, clients_on
 from batchbench.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _OWNERS = {
 }
 """Executors that have an option."""
 
-MINUTES, PARALLEL = 60, 16
+_PANEL, MINUTES, PARALLEL = "Machines", 60, 16
 
 
 @dataclass(frozen=True)
@@ -39,40 +39,35 @@ class ExecutorSpec:
         "local",
         "Where independent parts run. local: on this machine, one after the other; ray: on a Ray "
         "cluster, one on each GPU, or on each node without GPUs; slurm: each as a Slurm job.",
-        "Machines",
+        _PANEL,
         choices=EXECUTORS,
     )
     ray_address: str | None = setting(
         None,
         "Ray cluster: auto for the one that this machine belongs to, or ray://HOST:10001.",
-        "Machines",
+        _PANEL,
         metavar="ADDRESS",
         default_text="a new Ray instance on this machine",
     )
     slurm_partition: str | None = setting(
-        None, "Slurm partition.", "Machines", metavar="NAME", default_text="Slurm's default"
+        None, "Slurm partition.", _PANEL, metavar="NAME", default_text="Slurm's default"
     )
     slurm_time: int | None = setting(
         None,
         "Time limit of a Slurm job in minutes.",
-        "Machines",
+        _PANEL,
         min=1,
         max=10**6,
         metavar="MINUTES",
         default_text=str(MINUTES),
     )
     slurm_gpus: int | None = setting(
-        None,
-        "GPUs of a Slurm job.",
-        "Machines",
-        min=0,
-        max=64,
-        default_text="0, which takes a whole node",
+        None, "GPUs of a Slurm job.", _PANEL, min=0, max=64, default_text="0, for a whole node"
     )
     parallel: int | None = setting(
         None,
         "Maximum number of Slurm jobs at once.",
-        "Machines",
+        _PANEL,
         min=1,
         max=10_000,
         default_text=str(PARALLEL),
@@ -81,13 +76,13 @@ class ExecutorSpec:
         False,
         "Use only machines like the first: the same processor, GPU and software. This is the "
         "default unless all cells are simulated.",
-        "Machines",
+        _PANEL,
         excludes=("any_hardware",),
     )
     any_hardware: bool = setting(
         False,
         "Use all machines; the report marks cells of unlike machines as suspect.",
-        "Machines",
+        _PANEL,
     )
 
     def __post_init__(self) -> None:
@@ -122,7 +117,7 @@ def make_executor(
         UsageError: the executor is not installed, or there is no such cluster.
     """
     if spec.executor == "local" or not experiments:
-        return Local(watch)
+        return Executor(watch)
     timed = not all(experiment.simulated for experiment in experiments)
     same = spec.same_hardware or (timed and not spec.any_hardware)
     gpus = any(e.target is None and e.model.device != "cpu" for e in experiments)

@@ -179,8 +179,7 @@ def _speedup(
     """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None
-    durations = ([trial.duration_ns for trial in rung] for rung in (baseline, trials))
-    ratio = paired_ratio(*durations)
+    ratio = paired_ratio(*([trial.duration_ns for trial in rung] for rung in (baseline, trials)))
     return None if ratio is None else ratio.as_dict()
 
 
@@ -230,39 +229,23 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
         f"             {cache}: {speed['method']}, median of {speed['passes']}",
     ]
     for dtype, known in card["formats"].items():
-        cached = _mib(card["kv_tokens"] * known["kv_token_bytes"])
-        rows = [
-            (
-                "weights",
-                f"{_mib(known['weight_bytes'])}, {_mib(known['step_weight_bytes'])} of "
-                "them read in each step",
-            ),
-            (
-                "KV",
-                f"{number(known['kv_token_bytes'] / 1024)} KiB per token, {cached} for the "
-                f"{number(card['kv_tokens'])} tokens of {plural(card['rows'], 'request')}",
-            ),
-            (
-                "limit",
-                f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
-                "bandwidth",
-            ),
-            ("products", f"{_ms(known['products_ms'])} ms for the step's matrix products alone"),
-        ]
+        weights, read = _mib(known["weight_bytes"]), _mib(known["step_weight_bytes"])
+        token, cached = number(known["kv_token_bytes"] / 1024), card["kv_tokens"]
+        kept = f"{_mib(cached * known['kv_token_bytes'])} for the {number(cached)} tokens"
+        rows = {
+            "weights": f"{weights}, {read} of them read in each step",
+            "KV": f"{token} KiB per token, {kept} of {plural(card['rows'], 'request')}",
+            "limit": f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
+            "bandwidth",
+            "products": f"{_ms(known['products_ms'])} ms for the step's matrix products alone",
+        }
         if known.get("launching_ms") is not None:  # not on a CPU, nor in an earlier version's file
-            rows += [
-                (
-                    "compute",
-                    f"{number(known['arithmetic_ms'])} ms for them at the rate of a large product",
-                ),
-                (
-                    "launch",
-                    f"{_ms(known['launching_ms'])} ms for as many products with almost no work",
-                ),
-            ]
+            large, launch = number(known["arithmetic_ms"]), _ms(known["launching_ms"])
+            rows["compute"] = f"{large} ms for them at the rate of a large product"
+            rows["launch"] = f"{launch} ms for as many products with almost no work"
         rate = f"{known['ceiling_tokens_per_s']:,.0f} tokens/s"
-        rows.append(("ceiling", f"{rate}, limited by {known['bound']}"))
-        lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows)]
+        rows["ceiling"] = f"{rate}, limited by {known['bound']}"
+        lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows.items())]
     return lines
 
 
@@ -351,10 +334,7 @@ def _fastest(data: Data) -> tuple[Data | None, str]:
     if len(first["trials"]) < FEWEST_PAIRS:
         return None, f"intervals need {FEWEST_PAIRS} rounds"
     for other in others:
-        rates = (
-            [trial["output_throughput"] for trial in rung["trials"]] for rung in (first, other)
-        )
-        lead = paired_ratio(*rates)
+        lead = paired_ratio(_rates(first), _rates(other))
         if lead is None or lead.low is None or lead.low <= 1:
             return None, f"{first['name']} and {other['name']} do not differ clearly"
     return first, ""
@@ -364,20 +344,23 @@ def _throughput(rung: Data) -> float:
     return float(rung["summary"]["output_throughput"])
 
 
+def _rates(rung: Data) -> list[float]:
+    return [trial["output_throughput"] for trial in rung["trials"]]
+
+
 def headline(data: Data) -> str:
     """Return the answer: the fastest rung, if it is known."""
-    rungs = data["rungs"]
     best, why = _fastest(data)
     if best is None:
         return f"No rung is named the fastest, because {why}"
+    text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
+    if len(data["rungs"]) > 1:
+        text = f"{best['name']} is the fastest of {len(data['rungs'])} rungs"
     ratios = " and ".join(
         f"{times(ratio['median'])} as fast as {name}"
         for name, ratio in best["speedup"].items()
         if ratio is not None
     )
-    text = f"{best['name']} serves {number(_throughput(best))} output tokens/s"
-    if len(rungs) > 1:
-        text = f"{best['name']} is the fastest of {len(rungs)} rungs"
     return f"{text}, {ratios}" if ratios else text
 
 
@@ -456,8 +439,8 @@ def draw_ladder(data: Data) -> Figure:
             y, colour = head + _ROW * i, _COLOURS[rung["engine"]][1]
             page.write(0, y + 0.09, clean_text(rung["name"]), size=10, weight="bold", color=colour)
             page.write(0, y + 0.25, clean_text(rung["change"]), size=8, color=QUIET)
-            rounds = [trial["output_throughput"] for trial in rung["trials"]]
-            value, step_ms, limits = _throughput(rung), rung["decode_step_ms"], []
+            rounds, value = _rates(rung), _throughput(rung)
+            step_ms, limits = rung["decode_step_ms"], []
             _draw_bar(rates, i, value, colour, f"rate-{i}", spell_number(value), max(rounds))
             rates.scatter(rounds, [i] * len(rounds), s=9, c="#ffffff", ec=INK, lw=0.7, zorder=3)
             if step_ms is not None:

@@ -88,10 +88,6 @@ class _RungWatch(Watch):
         progress.strategy = self._name
         self._watch.progressed(progress)
 
-    def idles(self, progress: Progress) -> None:
-        progress.strategy = self._name
-        self._watch.idles(progress)
-
     def trial_ends(self, strategy: str, trial: int, duration_ns: int) -> None:
         self._watch.trial_ends(self._name, trial, duration_ns)
 

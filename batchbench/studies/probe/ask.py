@@ -14,11 +14,12 @@ from batchbench.batching.progress import Watch
 from batchbench.batching.remote import wire
 from batchbench.batching.remote.bench import served_model
 from batchbench.batching.remote.dialects import (
+    Counts,
     Dialect,
-    ServerCounters,
     body_for,
     discover,
-    read_counters,
+    growth_of,
+    read_counts,
 )
 from batchbench.batching.remote.events import Reply, client_lag, parse, response_of
 from batchbench.batching.remote.exchange import (
@@ -67,7 +68,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
     """
     began = time.perf_counter_ns()
     asker = _Asker(target, model, began + int(max_time_s * 1e9))
-    before = read_counters(asker.address, asker.dialect)
+    before = read_counts(asker.address, asker.dialect)
     seen = Observations((), asker.server)
     random = np.random.default_rng(0)  # the server's clock is not known: any moment is random
     phase = None
@@ -90,7 +91,7 @@ def probe(target: TargetSpec, model: str, max_time_s: float, watch: Watch) -> Fi
         seen = Observations((*seen.rounds, round), seen.server, asker.lag_ns)
         if any(s.failure for s in round.streams):
             break
-    after = read_counters(asker.address, asker.dialect)
+    after = read_counts(asker.address, asker.dialect)
     server = asker.counted(before, after, seen)
     seen = replace(seen, server=server, ended=asker.ended(seen, max_time_s))
     return Findings(
@@ -175,22 +176,22 @@ class _Asker:
             return f"its time was over, so try --max-time {3 * max_time_s:g}"
         return ""
 
-    def counted(
-        self, before: ServerCounters | None, after: ServerCounters | None, seen: Observations
-    ) -> Server:
+    def counted(self, before: Counts, after: Counts, seen: Observations) -> Server:
         """Return the server's own statements, with what it counted from before to after."""
-        if before is None:
+        if not before:
             return self.server
-        others = (before.running or 0) + (before.waiting or 0)
-        if after is None:
+        others, grown = (
+            before.get("running", 0) + before.get("waiting", 0),
+            growth_of(before, after),
+        )
+        if not after:
             return replace(self.server, others=others)
-        grown = after.since(before)
         tokens = sum(len(s.times_ns) + s.hidden for s in seen.streams)
         if all(s.answered or s.refused or s.hidden for s in seen.streams):
-            others += (after.running or 0) + (after.waiting or 0)
-            foreign = (grown.output_tokens or 0) > OTHERS_TOKENS * tokens + 20
+            others += after.get("running", 0) + after.get("waiting", 0)
+            foreign = grown.get("output_tokens", 0) > OTHERS_TOKENS * tokens + 20
             others = max(others, int(foreign))
-        return replace(self.server, others=others, passes=grown.passes, tokens=tokens)
+        return replace(self.server, others=others, passes=grown.get("passes"), tokens=tokens)
 
 
 def _whole_answer(one: Exchange, asked: int) -> tuple[int, ...]:

@@ -330,7 +330,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 def data_of(findings: Findings, command: str) -> dict[str, Any]:
     """Return the data of ``probe.json``; a value without meaning is null."""
     verdict, seen = findings.verdict, findings.observations
-    pace, joining, shared = verdict.pace, verdict.joining, verdict.shared
+    pace = verdict.pace
     begin = min((s.sent_ns for s in seen.streams), default=0)
     return {
         **envelope(SCHEMA_VERSION, command),
@@ -354,9 +354,9 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
                 "tokens_per_chunk": pace.chunk,
                 "buffered": pace.buffered,
             },
-            "joining": joining and _fields(joining, **_JOINING),
-            "shared_steps": shared and _fields(shared, **_SHARED),
-            "bursts": [_fields(burst, **_BURST) for burst in verdict.bursts],
+            "joining": _fields(verdict.joining, _JOINING),
+            "shared_steps": _fields(verdict.shared, _SHARED),
+            "bursts": [_fields(burst, _BURST) for burst in verdict.bursts],
             "others": list(verdict.busy),
             "failures": list(findings.failures),
             "client_lag_ms": seen.lag_ns / _MS,
@@ -368,16 +368,15 @@ def data_of(findings: Findings, command: str) -> dict[str, Any]:
     }
 
 
-def _fields(value: object, **names: str) -> dict[str, Any]:
-    """Return attributes under other names; an empty one is the same."""
-    return {key: getattr(value, name or key) for key, name in names.items()}
+_JOINING = "joined waited refused unclear wait_shares=waits"
+_SHARED = "compared together apart window offsets probability=chance"
+_BURST = "sent refused groups most_at_once=most full=exact began_midway=midway throughput_gain=gain"
 
 
-_JOINING = {"joined": "", "waited": "", "refused": "", "unclear": "", "wait_shares": "waits"}
-_SHARED = {"compared": "", "together": "", "apart": "", "window": "", "offsets": ""}
-_SHARED |= {"probability": "chance"}
-_BURST = {"sent": "", "refused": "", "groups": "", "most_at_once": "most", "full": "exact"}
-_BURST |= {"began_midway": "midway", "throughput_gain": "gain"}
+def _fields(value: object, names: str) -> dict[str, Any] | None:
+    """Return attributes, each under its name or as ``name=attribute``; None of None."""
+    pairs = [name.partition("=") for name in names.split()]
+    return {key: getattr(value, name or key) for key, _, name in pairs} if value else None
 
 
 def _stream(stream: Stream, begin: int) -> Mapping[str, Any]:

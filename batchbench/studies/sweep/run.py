@@ -30,7 +30,6 @@ from batchbench.studies.executors.jobs import (
     Executor,
     Failed,
     Job,
-    Local,
     run_jobs,
 )
 from batchbench.studies.sweep.grid import Cell, Grid
@@ -240,7 +239,7 @@ def run_cells(
         IncompleteError: cells were lost with their machines, each several times.
     """
     watch = watch or SweepWatch()
-    executor = executor or Local(watch)
+    executor = executor or Executor(watch)
     store.tidy()
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
     pending = {cell.digest: cell for cell in _by_model([c for c in possible if not store.holds(c)])}
@@ -262,7 +261,7 @@ def run_cells(
     try:
         for ended in run_jobs(jobs, executor, begins, waited):
             cell, outcome = pending[ended.key], ended.outcome
-            reason = getattr(outcome, "reason", None)
+            reason = ended.reason
             if isinstance(outcome, Done):
                 store.keep_files(cell, outcome.files)
             elif isinstance(outcome, Failed):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from batchbench.workloads.traces.rows import (
     Row,
     Rows,
     Source,
+    TraceError,
     lines,
     nanoseconds_of,
     objects,
@@ -85,28 +87,27 @@ def _read_table(
         yield number, header
     else:
         return
-    where = f"{source.where}: line {number}"
+    where, header = f"line {number}", header.strip()
     try:
         delimiter, names = _columns_of(header)
     except InvalidError as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise TraceError(f"{where}: {error}") from error
     for column in columns:
         count = names.count(_plain(column))
         if count > 1:
-            raise UsageError(f"{where}: has the column {column} {count} times; keep one of them")
+            raise TraceError(f"{where}: has the column {column} {count} times; keep one of them")
         if not count:
-            raise UsageError(
-                f"{where}: lacks the column {column}; the format has {', '.join(columns)}"
-            )
-    places = [names.index(_plain(column)) for column in columns]
+            others = ", ".join(columns)
+            raise TraceError(f"{where}: lacks the column {column}; the format has {others}")
+    cells_of_row = itemgetter(*(names.index(_plain(column)) for column in columns))
 
     def row_of(line: str) -> Row:
-        if line.strip() == header.strip():  # files joined with cat
+        if line.strip() == header:  # files joined with cat
             raise InvalidError("repeats the header", "repeated headers skipped", harmless=True)
         cells = _cells(line, delimiter)
         if len(cells) != len(names):
             raise InvalidError(f"has {len(cells)} columns, the first line {len(names)}")
-        time, prompt, output = (cells[place] for place in places)
+        time, prompt, output = cells_of_row(cells)
         if columns is BURSTGPT and whole_of(output) == 0:
             raise InvalidError("Response tokens is 0: the request failed", "failed requests")
         return Row(
@@ -181,12 +182,8 @@ _LONGEST_TEXT = 2**22
 """Maximum number of characters of a question or an answer."""
 
 
-def read_sharegpt(source: Source) -> Rows[Row]:
-    """Yield the first question of each conversation, and the length of the first answer to it."""
-    return parsed(objects(source), partial(_conversation, source))
-
-
 def _conversation(source: Source, data: dict[str, Any]) -> Row:
+    """Return the first question of a conversation, and the length of the first answer to it."""
     turns = next((data[key] for key in TURNS if key in data), None)
     if not isinstance(turns, list):
         raise InvalidError("has no list of conversations")
@@ -294,15 +291,12 @@ def read_mooncake(source: Source) -> Rows[Row]:
     if good[0][1].due_ns is not None:
         times = [row.due_ns for _, row in good if row.due_ns is not None]
         usual = "s" if of_bailian else None
-        unit = source.time_unit or usual or _time_unit(times, source.where)
+        unit = source.time_unit or usual or _time_unit(times)
         how = "" if source.time_unit or unit == "ms" else " (inferred)"
         source.inferred.append(f"times in {unit}{how}")
     elif source.time_unit:
-        raise UsageError(
-            f"--trace-time-unit {source.time_unit}: {source.where} has no times; drop it"
-        )
-    row_of = partial(_row, source.size_of_blocks, unit, good[0][1].ids is not None)
-    yield from parsed(chain(first, rows), row_of)
+        raise TraceError("has no times; drop --trace-time-unit")
+    yield from parsed(chain(first, rows), partial(_row, source.size_of_blocks, unit))
 
 
 def _raw_row(encode: Encode, data: dict[str, Any]) -> Row:
@@ -330,11 +324,8 @@ def _raw_row(encode: Encode, data: dict[str, Any]) -> Row:
     )
 
 
-def _row(block_tokens: int, unit: str | None, with_text: bool, row: Row) -> Row:
-    """Return the row as a request of the trace; refuse one that is unlike the others."""
-    if (row.ids is not None) != with_text:
-        verb = "lacks" if with_text else "has"
-        raise InvalidError(f"{verb} text_input, unlike the first row")
+def _row(block_tokens: int, unit: str | None, row: Row) -> Row:
+    """Return the row with its time in ns; refuse one that is unlike the others."""
     blocks = -(-row.prompt_tokens // block_tokens)
     if row.blocks and len(row.blocks) != blocks:
         raise InvalidError(
@@ -363,9 +354,9 @@ def _block_tokens(named: Sequence[tuple[int, Row]], source: Source) -> int:
     best = max(sizes, key=lambda size: (fitting(size), size == BLOCK_TOKENS))
     if fitting(best) * 2 <= len(named):
         odd = int(np.flatnonzero((lows > BLOCK_TOKENS) | (highs < BLOCK_TOKENS))[0])
-        raise UsageError(
-            f"{source.where}: {source.unit} {named[odd][0]}: hash_ids names {blocks[odd]:,} blocks "
-            f"for {tokens[odd]:,} tokens, and no block size fits most rows; give --trace-block-size"
+        raise TraceError(
+            f"{source.unit} {named[odd][0]}: hash_ids names {blocks[odd]:,} blocks for "
+            f"{tokens[odd]:,} tokens, and no block size fits most rows; give --trace-block-size"
         )
     within = (lows <= best) & (best <= highs)
     low, high = int(lows[within].max()), int(highs[within].min())
@@ -373,15 +364,14 @@ def _block_tokens(named: Sequence[tuple[int, Row]], source: Source) -> int:
     if low <= BLOCK_TOKENS <= high:
         return BLOCK_TOKENS
     if low != high and len(powers) != 1:
-        fitting_sizes = f"at least {low}" if high == _ANY else f"{low} to {high}"
-        raise UsageError(
-            f"{source.where}: hash_ids fit blocks of {fitting_sizes} tokens; give their size with "
-            "--trace-block-size"
+        fit = f"at least {low}" if high == _ANY else f"{low} to {high}"
+        raise TraceError(
+            f"hash_ids fit blocks of {fit} tokens; give their size with --trace-block-size"
         )
     return low if low == high else powers[0]
 
 
-def _time_unit(times: Sequence[float], where: str) -> str:
+def _time_unit(times: Sequence[float]) -> str:
     """Return the unit of the times: ms unless that is implausible.
 
     Present times, counted from 1970, have 10 digits in s, 13 in ms, and so on. Others are in ms
@@ -401,10 +391,10 @@ def _time_unit(times: Sequence[float], where: str) -> str:
         return "s"
     if gap < (100 if fractional else 10) or gap > 100_000:
         other = "s" if gap < 100 else "us"
-        raise UsageError(
-            f"{where}: times are {_short(gap)} apart on average, {_short(1000 / gap)} requests/s "
-            f"in ms and {_short(1e9 / (gap * TIME_UNITS[other]))} in {other}; give their unit with "
-            "--trace-time-unit"
+        rates = _short(1000 / gap), _short(1e9 / (gap * TIME_UNITS[other]))
+        raise TraceError(
+            f"times are {_short(gap)} apart on average, {rates[0]} requests/s in ms and {rates[1]} "
+            f"in {other}; give their unit with --trace-time-unit"
         )
     return "ms"
 
@@ -445,43 +435,27 @@ def write_workload(workload: Workload) -> Iterator[str]:
         yield json.dumps(row, separators=(",", ":")) + "\n"
 
 
-def read_own(source: Source) -> Rows[Row]:
-    """Yield the requests; the content of the first line goes to ``source``."""
-    with_ids: bool | None = None
-
-    def row_of(data: dict[str, Any]) -> Row | None:
-        nonlocal with_ids
-        if "batchbench_workload" in data and not source.about and with_ids is None:
-            _check_about(data, f"{source.where}: line 1")
-            source.about = data
-            return None
-        row = _own_row(data)
-        if with_ids is not None and with_ids != (row.ids is not None):
-            raise InvalidError("has prompt_ids, or lacks them, unlike the requests before it")
-        with_ids = row.ids is not None
-        return row
-
-    return parsed(objects(source), row_of)
-
-
-def _check_about(data: dict[str, Any], where: str) -> None:
-    version = data["batchbench_workload"]
+def _check_about(data: dict[str, Any]) -> None:
+    version, where = data["batchbench_workload"], "line 1"
     if version != VERSION:
-        raise UsageError(
-            f"{where}: is of version {shown(version)}, this batchbench reads {VERSION}; "
-            "save it again"
-        )
+        reads = f"this batchbench reads {VERSION}; save it again"
+        raise TraceError(f"{where}: is of version {shown(version)}, {reads}")
     name, sampling = data.get("name", ""), data.get("sampling", {})
     if not isinstance(name, str) or not isinstance(sampling, dict):
-        raise UsageError(f"{where}: name or sampling has a wrong value")
+        raise TraceError(f"{where}: name or sampling has a wrong value")
     options = {key: data[key] for key in data.keys() & {"stop_at_eos", "max_concurrency"}}
     try:
         data["sampling"] = from_json(WorkloadSpec, {**options, **sampling}).sampling
     except UsageError as error:
-        raise UsageError(f"{where}: {error}") from error
+        raise TraceError(f"{where}: {error}") from error
 
 
-def _own_row(data: dict[str, Any]) -> Row:
+def _own_row(source: Source, data: dict[str, Any]) -> Row | None:
+    """Return a request; the content of the first line goes to ``source``."""
+    if "batchbench_workload" in data and not source.about:
+        _check_about(data)
+        source.about = data
+        return None
     ids = data.get("prompt_ids")
     if ids is not None and not (
         isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)
@@ -497,9 +471,9 @@ def _own_row(data: dict[str, Any]) -> Row:
 
 
 READERS: dict[str, Callable[[Source], Rows[Row]]] = {
-    "sharegpt": read_sharegpt,
+    "sharegpt": lambda source: parsed(objects(source), partial(_conversation, source)),
     "azure": partial(_read_table, AZURE, _moment),
     "burstgpt": partial(_read_table, BURSTGPT, _seconds),
     "mooncake": read_mooncake,
-    "batchbench": read_own,
+    "batchbench": lambda source: parsed(objects(source), partial(_own_row, source)),
 }

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TextIO, TypeVar
 
-from batchbench.errors import UsageError
 from batchbench.workloads.lengths import LONGEST
 from batchbench.workloads.prompts import BLOCK_TOKENS, Encode
 
@@ -26,7 +25,7 @@ MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
 
 _MOST_BYTES = 2**26
-"""Maximum memory of the values of one line or element, as :func:`_check_size` estimates it."""
+"""Maximum memory of the values of one line or element, estimated from its signs."""
 
 _CHUNK = 2**17
 
@@ -58,6 +57,10 @@ class InvalidError(ValueError):
         self.kind, self.harmless = kind, harmless
 
 
+class TraceError(ValueError):
+    """A fault that ends the reading of a trace, even if invalid rows are skipped."""
+
+
 Rows = Iterator[tuple[int, T | InvalidError]]
 """Rows or their faults, with their numbers: lines, or elements of a JSON array, from 1."""
 
@@ -66,7 +69,6 @@ Rows = Iterator[tuple[int, T | InvalidError]]
 class Source:
     """A trace that is being read: its text, the options, and what its reader assumed or found."""
 
-    where: str  # the beginning of messages
     text: TextIO
     head: str  # its beginning, which has not been read yet
     encode: Encode
@@ -86,16 +88,13 @@ class Source:
 def parsed(rows: Rows[T], parse: Callable[[T], U | None]) -> Rows[U]:
     """Yield what a function makes of each row: another row, None if it is none, or its fault."""
     for number, row in rows:
-        if isinstance(row, InvalidError):
-            yield number, row
-            continue
+        made: U | InvalidError | None
         try:
-            made = parse(row)
+            made = row if isinstance(row, InvalidError) else parse(row)
         except InvalidError as error:
-            yield number, error
-        else:
-            if made is not None:
-                yield number, made
+            made = error
+        if made is not None:
+            yield number, made
 
 
 # Lines
@@ -108,29 +107,19 @@ def lines(source: Source) -> Rows[str]:
         number += 1
         if len(line) > LONGEST_LINE and not line.endswith("\n"):
             yield number, InvalidError(f"is longer than {LONGEST_LINE:,} characters")
-            _skip_line(source, number)
+            rests = (source.text.readline(LONGEST_LINE) for _ in range(4))
+            if not any(not rest or rest.endswith("\n") for rest in rests):
+                raise TraceError(f"line {number}: is longer than {5 * LONGEST_LINE:,} characters")
             continue
         if not line.strip():
             blank += 1
             if blank > MOST_BLANK_LINES:
-                raise UsageError(
-                    f"{source.where}: line {number}: follows {MOST_BLANK_LINES:,} blank lines"
-                )
+                raise TraceError(f"line {number}: follows {MOST_BLANK_LINES:,} blank lines")
             continue
         for before in range(number - blank, number):
             yield before, InvalidError("is blank", "blank lines skipped", harmless=True)
         blank = 0
         yield number, _fault_of(line) or line
-
-
-def _skip_line(source: Source, number: int) -> None:
-    for _ in range(4):
-        rest = source.text.readline(LONGEST_LINE)
-        if not rest or rest.endswith("\n"):
-            return
-    raise UsageError(
-        f"{source.where}: line {number}: is longer than {5 * LONGEST_LINE:,} characters"
-    )
 
 
 _UNDECODED = re.compile("[\udc80-\udcff]")
@@ -198,7 +187,11 @@ class _Parser:
 
     def value_at(self, text: str, at: int) -> tuple[object, int]:
         """Return the value at a position and its end; JSONDecodeError if it is not whole."""
-        _check_size(text, at)
+        costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
+        if len(text) - at >= 2**20 and (
+            sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES
+        ):
+            raise InvalidError("is too large: it has too many values")
         self._twice = None
         try:
             return self._decoder.raw_decode(text, at)
@@ -208,15 +201,6 @@ class _Parser:
             raise InvalidError("is not readable JSON: it is nested too deep") from error
         except ValueError as error:  # int() takes at most 4,300 digits
             raise InvalidError("is not readable JSON: a number has too many digits") from error
-
-
-def _check_size(text: str, at: int) -> None:
-    """Raise InvalidError for a text whose values would take too much memory."""
-    if len(text) - at < 2**20:
-        return
-    costs = {",": 40, "[": 100, "{": 300, '"': 32}  # bytes of Python objects for each
-    if sum(text.count(sign, at) * cost for sign, cost in costs.items()) > _MOST_BYTES:
-        raise InvalidError("is too large: it has too many values")
 
 
 class _Document:
@@ -320,7 +304,11 @@ def whole_of(value: object) -> int | None:
         return value
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if not isinstance(value, str) or not (match := _WHOLE.fullmatch(value)):
+    if not isinstance(value, str):
+        return None
+    if len(value) <= 20 and value.isascii() and value.isdecimal():  # nearly all cells
+        return int(value)
+    if not (match := _WHOLE.fullmatch(value)):
         return None
     digits = match[1] or "0"
     return int(digits) if len(digits) <= 20 else 10**20

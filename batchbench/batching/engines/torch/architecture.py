@@ -14,7 +14,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -62,15 +62,10 @@ class Architecture:
     names: Names
 
     @property
-    def qkv_width(self) -> int:
-        """The outputs of the product that computes queries, keys and values."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
     def activations(self) -> int:
         """The most numbers of a token that a pass holds at once, in torch's own operators."""
-        seen, passed = self.heads * self.head_dim, 2 * self.width
-        return passed + self.qkv_width + seen + self.inner * (4 if self.gated else 2)
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return 2 * self.width + attention + self.inner * (4 if self.gated else 2)
 
 
 _GPT2 = Names(
@@ -140,26 +135,27 @@ def describe(config: PreTrainedConfig) -> Architecture | str:
     if why is not None:
         return why
     gpt2, heads = names is _GPT2, config.num_attention_heads
-    if gpt2:
-        inner, kv_heads, head_dim = config.n_inner or 4 * config.n_embd, heads, None
-    else:
-        inner, kv_heads = config.intermediate_size, config.num_key_value_heads
-        head_dim = getattr(config, "head_dim", None)
     return Architecture(
         vocabulary=config.vocab_size,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim or config.hidden_size // heads,
-        inner=inner,
-        eps=config.layer_norm_epsilon if gpt2 else config.rms_norm_eps,
+        kv_heads=heads if gpt2 else config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        inner=config.n_inner or 4 * config.n_embd if gpt2 else config.intermediate_size,
+        eps=float(config.layer_norm_epsilon if gpt2 else config.rms_norm_eps),
         rotary=not gpt2,
         gated=not gpt2,
         head_norms=bool(names.head_norms),
         tied=bool(config.tie_word_embeddings),
         names=names,
     )
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture | None:
+    """Return the description of a configuration; None if it has none."""
+    found = describe(config)
+    return None if isinstance(found, str) else found
 
 
 def _unknown(config: PreTrainedConfig, read: set[str]) -> str | None:
@@ -172,7 +168,9 @@ def _unknown(config: PreTrainedConfig, read: set[str]) -> str | None:
     act = getattr(config, "hidden_act", None) or config.activation_function
     if act not in (("gelu_new", "gelu_pytorch_tanh") if read is _READ_OF_GPT2 else ("silu",)):
         return f"its activation is {act}"
-    method = _entry(getattr(config, "quantization_config", None), "quant_method")
+    how = getattr(config, "quantization_config", None)
+    read_from = dict.get if isinstance(how, dict) else getattr
+    method = None if how is None else read_from(how, "quant_method", None)
     if method is not None and str(getattr(method, "value", method)) != "gguf":  # read as plain ones
         return f"its weights are quantized ({method})"
     layers = set(getattr(config, "layer_types", None) or ())
@@ -185,18 +183,14 @@ def _unknown(config: PreTrainedConfig, read: set[str]) -> str | None:
     return None if part == 1.0 else f"it rotates only {part:.0%} of each head"
 
 
-def _entry(settings: Any, name: str) -> Any:
-    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
-
-
 class Norm(NamedTuple):
     """A layer norm; without a bias, a norm by the root mean square. ``[width]`` each."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of ``x`` over its last dimension, rounded where transformers rounds."""
         if self.bias is not None:
             return layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
@@ -208,8 +202,8 @@ class Norm(NamedTuple):
 class Matrix(NamedTuple):
     """The weight of a product, ``[outputs, inputs]`` with any strides, and its ``[outputs]``."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
+    weight: Tensor
+    bias: Tensor | None
 
 
 class Layer(NamedTuple):
@@ -231,16 +225,23 @@ class Layer(NamedTuple):
 class Rotary(NamedTuple):
     """Rotary positions (Su et al. 2021), as transformers computes them for a model."""
 
-    inverse: torch.Tensor  # [head_dim / 2]: radians a position
+    inverse: Tensor  # [head_dim / 2]: radians a position
     scale: float  # of cosines and sines
 
-    def angles(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def angles(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """Return cosines and sines of the angles, ``[2, tokens, head_dim / 2]``."""
         angles = positions[:, None].float() * self.inverse.float()
         return (torch.stack([angles.cos(), angles.sin()]) * self.scale).to(dtype)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+class Rotation(NamedTuple):
+    """The change of queries and keys before they are multiplied: norms of heads, and rotation."""
+
+    rotary: Rotary
+    norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Return heads, ``[tokens, heads, head_dim]``, rotated by ``angles`` of :class:`Rotary`.
 
     A number is rotated with the one that is half a head away, as transformers does.
@@ -254,12 +255,12 @@ class Weights(NamedTuple):
     """All weights of a described model."""
 
     of: Architecture
-    tokens: torch.Tensor  # [vocabulary, width]
-    positions: torch.Tensor | None  # [context, width]
+    tokens: Tensor  # [vocabulary, width]
+    positions: Tensor | None  # [context, width]
     rotary: Rotary | None
     layers: Sequence[Layer]
     norm: Norm
-    head: torch.Tensor  # [vocabulary, width]
+    head: Tensor  # [vocabulary, width]
 
 
 def weights_of(module: PreTrainedModel) -> Weights | str:
@@ -273,22 +274,22 @@ def weights_of(module: PreTrainedModel) -> Weights | str:
         return of
     names, used = of.names, set[int]()
 
-    def named(root: nn.Module, name: str) -> nn.Module:
-        found: nn.Module = attrgetter(name)(root)
+    def named(root: nn.Module, name: str) -> Any:
+        found = attrgetter(name)(root)
         used.update(map(id, found.parameters()))
         return found
 
     def norm(root: nn.Module, name: str) -> Norm:
         found = named(root, name)
-        return Norm(_tensor(found.weight), getattr(found, "bias", None), of.eps)
+        return Norm(found.weight, getattr(found, "bias", None), of.eps)
 
     def matrix(root: nn.Module, *parts: str) -> Matrix:
         found = [named(root, name) for name in parts]
-        weight = _end_to_end([_tensor(m.weight) for m in found])
+        weight = _end_to_end([m.weight for m in found])
         # transformers' Conv1D has a weight of [inputs, outputs]
         turned = weight if isinstance(found[0], nn.Linear) else weight.t()
         biased = any(m.bias is not None for m in found)
-        return Matrix(turned, _end_to_end([_tensor(m.bias) for m in found]) if biased else None)
+        return Matrix(turned, _end_to_end([m.bias for m in found]) if biased else None)
 
     def layer(root: nn.Module) -> Layer:
         return Layer(
@@ -305,33 +306,26 @@ def weights_of(module: PreTrainedModel) -> Weights | str:
         rotary = names.rotary and attrgetter(names.rotary)(module)
         weights = Weights(
             of,
-            _tensor(named(module, names.tokens).weight),
-            _tensor(named(module, names.positions).weight) if names.positions else None,
+            named(module, names.tokens).weight,
+            named(module, names.positions).weight if names.positions else None,
             Rotary(rotary.inv_freq, float(rotary.attention_scaling)) if rotary else None,
             [layer(root) for root in attrgetter(names.layers)(module)],
             norm(module, names.norm),
-            _tensor(named(module, "lm_head").weight),
+            named(module, "lm_head").weight,
         )
     unused = [name for name, weight in module.named_parameters() if id(weight) not in used]
     return f"{unused[0]} has no place in the description of its model" if unused else weights
 
 
-def _tensor(weight: object) -> torch.Tensor:
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def _end_to_end(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def _end_to_end(parts: Sequence[Tensor]) -> Tensor:
     """Return one tensor of all parts, after which the parts are views of it."""
-    first = parts[0]
+    first, counts = parts[0], [len(part) for part in parts]
     if len(parts) == 1:
         return first
-    counts = [len(part) for part in parts]
     ends = [part.data_ptr() + part.nbytes for part in parts]
     starts = [part.data_ptr() for part in parts[1:]]
     owners = {part.untyped_storage().data_ptr() for part in parts}
     if starts != ends[:-1] or len(owners) > 1:
-        whole = torch.split(torch.cat(list(parts)), counts)
-        for part, view in zip(parts, whole, strict=True):
+        for part, view in zip(parts, torch.split(torch.cat(list(parts)), counts), strict=True):
             part.data = view
     return first.data.as_strided((sum(counts), *first.shape[1:]), first.stride())

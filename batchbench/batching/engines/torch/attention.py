@@ -9,17 +9,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from batchbench.batching.engines.torch.architecture import Norm, Rotary
-from batchbench.batching.engines.torch.kernels import Native
+from batchbench.batching.engines.torch.architecture import Rotation
 from batchbench.batching.plan import Chunk
+
+if TYPE_CHECKING:
+    from batchbench.batching.engines.torch.triton.ops import SlotAttention  # Triton may be missing
 
 
 def cache_argument(module: PreTrainedModel) -> str:
@@ -43,16 +46,13 @@ def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def aligned(length: int, device: torch.device) -> int:
-    """Return the number of cache positions for so many tokens: on CUDA the next multiple of 16.
-
-    Attention on a GPU copies a mask whose rows are not aligned, in each layer.
-    """
+    """Return the cache positions for so many tokens: CUDA would copy masks that are not aligned."""
     return -(-length // 16) * 16 if device.type == "cuda" else length
 
 
 FEW_TOKENS = 64
-"""Largest number of tokens whose keys and values are written row by row in one operation, which is
-too small to wake other threads. Rows of more tokens are spread over the threads (docs/log.md)."""
+"""Most tokens whose keys and values are written in one operation, which is too small to wake other
+threads. Rows of more tokens are spread over the threads (docs/log.md)."""
 
 
 class SlotLayer(CacheLayerMixin):
@@ -62,43 +62,26 @@ class SlotLayer(CacheLayerMixin):
     They are made when they are used: a compiled pass copies tensors that share memory.
     """
 
-    def __init__(self, block: torch.Tensor) -> None:
+    def __init__(self, block: Tensor) -> None:
         self.block = block  # super().__init__() would set keys and values
         self.is_initialized = True
 
     @property
-    def keys(self) -> torch.Tensor:
+    def keys(self) -> Tensor:
         return self.block[0]
 
     @property
-    def values(self) -> torch.Tensor:
+    def values(self) -> Tensor:
         return self.block[1]
-
-    def write(
-        self,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor | None,
-        states: torch.Tensor,
-    ) -> None:
-        """Write keys and values, ``[tokens, 2, heads, head_dim]``, to their ``[tokens]`` places.
-
-        ``rows`` are the same places as :meth:`SlotCache.rows` returns them.
-        """
-        if rows is not None:
-            places = self.block.view(-1, self.block.shape[-1])
-            places.index_copy_(0, rows, states.reshape(-1, states.shape[-1]))
-            return
-        self.keys[slots, :, positions], self.values[slots, :, positions] = states.unbind(1)
 
     # The interface of transformers. The attention below reads the block itself.
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -113,43 +96,6 @@ class SlotLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
 
-class Rotation(NamedTuple):
-    """The change of queries and keys before they are multiplied: norms of heads, and rotation."""
-
-    rotary: Rotary
-    norms: Sequence[Norm] = ()  # of queries and of keys; empty if they have none
-
-
-class DeviceAttention(Protocol):
-    """Attention in a GPU's own kernels, which read slots and positions on the device."""
-
-    def decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        scale: float | None = None,
-        rotation: Rotation | None = None,
-    ) -> torch.Tensor:
-        """Write keys and values of decoding rows to the cache, and attend."""
-
-    def tiled(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        block: torch.Tensor,
-        tiles: torch.Tensor,
-        tokens: int,
-        scale: float | None = None,
-        rotation: Rotation | None = None,
-    ) -> torch.Tensor:
-        """Write keys and values of rows and chunks, laid out in tiles, and attend."""
-
-
 class SlotCache(Cache):
     """The blocks of all layers, behind transformers' cache interface.
 
@@ -162,8 +108,8 @@ class SlotCache(Cache):
         config: PretrainedConfig,
         slots: int,
         max_len: int,
-        like: torch.Tensor,
-        attention: DeviceAttention | None = None,
+        like: Tensor,
+        attention: SlotAttention | None = None,
         *,
         together: bool = True,
     ) -> None:
@@ -178,8 +124,7 @@ class SlotCache(Cache):
         self.blocks = [SlotLayer(block) for part in self._parts for block in part]
         which, head = np.indices((2, heads)).reshape(2, -1)
         first_rows = torch.from_numpy((which * slots * heads + head) * max_len)
-        self._first_rows = first_rows.to(like.device)
-        self._slot_rows = heads * max_len
+        self.first_rows = first_rows.to(like.device)  # of slot 0, in a block of rows of numbers
         super().__init__(layers=self.blocks)
 
     def clear(self) -> None:
@@ -191,28 +136,17 @@ class SlotCache(Cache):
         for part in self._parts:
             part[:, :, slot, :, start:stop] = 0
 
-    def rows(self, slots: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
-        """Return the rows of a block for tokens' keys and values, ``[tokens × 2 × heads]``.
 
-        None for more than :data:`FEW_TOKENS` tokens on a CPU.
-        """
-        if len(slots) > FEW_TOKENS and slots.device.type == "cpu":
-            return None
-        starts = torch.add(positions, slots, alpha=self._slot_rows)
-        return (starts[:, None] + self._first_rows).flatten()
-
-
-NAME = "batchbench_slots"
-"""The attention implementation's name in transformers' registry."""
+NAME = "batchbench_slots"  # of the attention in transformers' registry
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
     """First chunks of prompts, of similar length; each attends to itself only."""
 
-    gather: torch.Tensor  # [pieces, longest]: token of the pass; the last one again as padding
-    valid: torch.Tensor  # [tokens of these pieces]: their places in the flattened ``gather``
-    at: torch.Tensor  # [tokens of these pieces]: their places in the pass
+    gather: Tensor  # [pieces, longest]: token of the pass; the last one again as padding
+    valid: Tensor  # [tokens of these pieces]: their places in the flattened ``gather``
+    at: Tensor  # [tokens of these pieces]: their places in the pass
 
 
 @dataclass(eq=False)
@@ -226,85 +160,78 @@ class Layout:
     """
 
     cache: SlotCache
-    slots: torch.Tensor
-    positions: torch.Tensor
+    slots: Tensor
+    positions: Tensor
     decoding: int
     low: int = 0
     high: int = 0
     length: int = 0
-    rows: torch.Tensor | None = None
+    rows: Tensor | None = None
     fresh: Sequence[Prompts] = ()
-    continued: Sequence[tuple[int, Chunk, torch.Tensor]] = ()  # first token, chunk, mask
-    tiles: torch.Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
+    continued: Sequence[tuple[int, Chunk, Tensor]] = ()  # first token, chunk, mask
+    tiles: Tensor | None = None  # of a pass with chunks, if the cache has a GPU's attention
     tile: int = 0  # tokens of a tile
-    _rows_of_cache: torch.Tensor | None = field(default=None, init=False)
-    _mask: torch.Tensor | None = field(default=None, init=False)
+    _places: Tensor | None = field(default=None, init=False)
+    _mask: Tensor | None = field(default=None, init=False)
 
     # Not cached_property: up to Python 3.11 it takes a lock, which torch.compile cannot trace.
 
     @property
-    def rows_of_cache(self) -> torch.Tensor | None:
-        if self._rows_of_cache is None:
-            self._rows_of_cache = self.cache.rows(self.slots, self.positions)
-        return self._rows_of_cache
+    def places(self) -> Tensor:
+        """Return the rows of a block for the tokens' keys and values, ``[tokens × 2 × heads]``."""
+        if self._places is None:
+            heads, max_len = self.cache.blocks[0].keys.shape[1:3]
+            starts = torch.add(self.positions, self.slots, alpha=heads * max_len)
+            self._places = (starts[:, None] + self.cache.first_rows).flatten()
+        return self._places
 
-    def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add.
-
-        A slot between them that does not decode sees its first position.
-        """
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask of the decoding rows, ``[high - low, 1, 1, length]``: 0 or −∞, to add."""
         if self._mask is None:
             positions = self.positions[: self.decoding]
             if self.rows is not None:
                 span = positions.new_zeros(self.high - self.low)
                 positions = span.index_copy_(0, self.rows, positions)
-            self._mask = causal_mask(positions, self.length, dtype)
+            at = torch.arange(self.length, device=positions.device)
+            # Numbers, since attention would convert a boolean mask again in each layer.
+            mask = torch.zeros(len(positions), self.length, dtype=dtype, device=positions.device)
+            mask.masked_fill_(at > positions[:, None], float("-inf"))
+            self._mask = mask[:, None, None, :]
         return self._mask
 
 
-def causal_mask(positions: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask ``[rows, 1, 1, length]``: 0 up to a row's own position, −∞ beyond.
-
-    It holds numbers, since attention would convert a boolean mask again in each layer.
-    """
-    at = torch.arange(length, device=positions.device)
-    mask = torch.zeros(len(positions), length, dtype=dtype, device=positions.device)
-    return mask.masked_fill_(at > positions[:, None], float("-inf"))[:, None, None, :]
-
-
 def attend(
-    block: SlotLayer,
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    layout: Layout,
-    *,
-    scale: float | None = None,
-) -> torch.Tensor:
+    block: SlotLayer, q: Tensor, kv: Tensor, layout: Layout, *, scale: float | None = None
+) -> Tensor:
     """Write keys and values, and attend in one layer; ``[tokens, heads, head_dim]`` in and out.
 
     ``kv`` is ``[tokens, 2, heads, head_dim]``; ``scale`` is 1 / √head_dim if None.
     """
-    block.write(layout.slots, layout.positions, layout.rows_of_cache, kv)
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
+    if len(q) > FEW_TOKENS and q.device.type == "cpu":
+        slots, positions = layout.slots, layout.positions
+        block.keys[slots, :, positions], block.values[slots, :, positions] = kv.unbind(1)
+    else:
+        rows = block.block.view(-1, block.block.shape[-1])
+        rows.index_copy_(0, layout.places, kv.reshape(-1, kv.shape[-1]))
     n = layout.decoding
     if n and n == len(q):
         return _decode(q, block, layout, scale)
     out = torch.empty_like(q)
     if n:
         out[:n] = _decode(q[:n], block, layout, scale)
-    _attend_prompts(q, kv, block, layout, options, out)
+    attend_prompts(q, kv, block, layout, out, scale)
     return out
 
 
 def attend_on_device(
     block: SlotLayer,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: Layout,
     scale: float | None = None,
     rotation: Rotation | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Attend as :func:`attend` does, in one launch of a GPU's own kernels."""
     attention = layout.cache.attention
     assert attention is not None
@@ -314,39 +241,11 @@ def attend_on_device(
     return attention.tiled(*states, layout.tiles, layout.tile, scale, rotation)
 
 
-def attend_natively(
-    kernels: Native,
-    block: SlotLayer,
-    qkv: torch.Tensor,
-    layout: Layout,
-    angles: torch.Tensor | None = None,
-    norms: Sequence[torch.Tensor] = (),
-    eps: float = 0.0,
-) -> torch.Tensor:
-    """Attend as :func:`attend` does, with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``.
-
-    batchbench's kernel for decoding rows reads only the positions that a request has written. It
-    norms and rotates queries and keys in place, as :meth:`Native.attention` says.
-    """
-    cached, slots, positions, n = block.block, layout.slots, layout.positions, layout.decoding
-    out = kernels.attention(qkv, cached, slots, positions, n, angles, norms, eps)
-    if n < qkv.shape[0]:
-        heads, kv_heads = out.shape[1], cached.shape[2]
-        kv = qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
-        options = {"enable_gqa": heads != kv_heads}
-        _attend_prompts(qkv[:, :heads], kv, block, layout, options, out)
-    return out
-
-
-def _attend_prompts(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    block: SlotLayer,
-    layout: Layout,
-    options: dict[str, Any],
-    out: torch.Tensor,
+def attend_prompts(
+    q: Tensor, kv: Tensor, block: SlotLayer, layout: Layout, out: Tensor, scale: float | None = None
 ) -> None:
     """Attend for the chunks, whose keys and values are in the cache; write to ``out``."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != kv.shape[2]}
     k, v = kv.unbind(1)
     for prompts in layout.fresh:
         pq, pk, pv = (states[prompts.gather].transpose(1, 2) for states in (q, k, v))
@@ -366,15 +265,15 @@ def _attend_prompts(
 
 def attend_for_transformers(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     layout: Layout,
     **_: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Adapt :func:`attend` to transformers, which passes ``[1, heads, tokens, head_dim]``."""
     index = module.layer_idx
     assert isinstance(index, int)
@@ -387,12 +286,11 @@ def attend_for_transformers(
     return seen.unsqueeze(0), None
 
 
-def _decode(q: torch.Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> torch.Tensor:
+def _decode(q: Tensor, block: SlotLayer, layout: Layout, scale: float | None) -> Tensor:
     """Attend for the decoding rows, ``[rows, heads, head_dim]`` in and out.
 
-    Queries are spread over a range of slots and the cache is read in place: gathering slots would
-    copy the cache, which is far larger than the queries. Heads that share keys and values stand
-    where the tokens of a query would, so that keys and values need not be repeated.
+    Queries are spread over a range of slots, since gathering slots would copy the cache. Heads that
+    share keys and values stand where the tokens of a query would, so that none is repeated.
     """
     low, high, length = layout.low, layout.high, layout.length
     if layout.rows is not None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchbench.batching.engines import WallClock
 from batchbench.batching.engines.torch.sampling import Chooser
@@ -51,25 +52,21 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Step times of a GPU: events in the stream, so launching does not wait for the device.
+    """Step times of a GPU: events in the stream, so launching does not wait for the device."""
 
-    The host runs at most :data:`AHEAD` runs of steps ahead, so that progress and Ctrl-C stay
-    close to the device.
-    """
-
-    AHEAD = 2
+    AHEAD = 2  # runs of steps, so that progress and Ctrl-C stay close to the device
 
     def __init__(self, clock: WallClock, device: torch.device) -> None:
         self._clock, self._device = clock, device
 
     def begin(self) -> None:
-        self._events: list[torch.cuda.Event] = []  # in the order of the stream
+        self._events: list[torch.cuda.Event] = []  # the zero of time, then those of the trial
         self._is_end: list[bool] = []  # each event is the start of a run or the end of a step
         self._pending: deque[tuple[torch.cuda.Event, int]] = deque()  # ends of runs, steps by then
         self._steps = self._done = self._noted = 0
         self._settled: tuple[int, int] | None = None  # events, and the host's time after the last
         torch.cuda.synchronize(self._device)
-        self._zero = self._event()
+        self._record(is_end=False)
         torch.cuda.synchronize(self._device)
         self._clock.restart()
 
@@ -106,39 +103,26 @@ class CudaTimer:
         torch.cuda.synchronize(self._device)
         if self._settled is None or self._settled[0] < len(self._events):
             self._settled = len(self._events), self._clock.now()
-        ns, is_end = (
-            on_host_clock(self._device_ns(), self._settled[1]),
-            np.array(self._is_end, bool),
-        )
+        # CUDA returns the time between two events as float32 milliseconds, which after ten minutes
+        # are 62 µs apart. Between neighbours they are exact to the nanosecond.
+        steps = [a.elapsed_time(b) for a, b in pairwise(self._events)]
+        device_ns = np.cumsum(np.array(steps, np.float64)) * 1e6
+        ns, is_end = on_host_clock(device_ns, self._settled[1]), np.array(self._is_end[1:], bool)
         return ns[~is_end], ns[is_end]
 
-    def _device_ns(self) -> NDArray[np.float64]:
-        """Return the time of each event on the device's clock.
-
-        CUDA returns the time between two events as float32 milliseconds, which after ten minutes
-        are 62 µs apart. Between neighbours they are exact to the nanosecond.
-        """
-        steps = [a.elapsed_time(b) for a, b in pairwise([self._zero, *self._events])]
-        return np.cumsum(np.array(steps, np.float64)) * 1e6
-
     def _note_run(self) -> None:
-        """Note the end of the last run, if it is new."""
         if self._steps > self._noted:
             self._pending.append((self._events[-1], self._steps))
             self._noted = self._steps
 
     def _record(self, *, is_end: bool) -> None:
-        self._events.append(self._event())
-        self._is_end.append(is_end)
-
-    def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
-        return event
+        self._events.append(event)
+        self._is_end.append(is_end)
 
 
-DRIFT = 1e-4
-"""Largest difference in speed between the clocks of a GPU and its host: both have quartzes."""
+DRIFT = 1e-4  # largest difference in speed between the quartzes of a GPU and its host
 
 
 def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:
@@ -157,11 +141,10 @@ def on_host_clock(device_ns: NDArray[np.float64], host_ns: int) -> Ints:
 class TokensOnHost:
     """The tokens of the last two runs on a GPU, copied to pinned memory behind the passes.
 
-    Reading the tokens of the run before the last waits for that run only, while the device computes
-    the last one.
+    Reading those of the run before the last waits for that run only.
     """
 
-    def __init__(self, last: torch.Tensor) -> None:
+    def __init__(self, last: Tensor) -> None:
         self._last = last
         self._copies = [torch.zeros(len(last), dtype=last.dtype).pin_memory() for _ in range(2)]
         self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -173,6 +156,7 @@ class TokensOnHost:
         self._events[self._turn].record(torch.cuda.current_stream(self._last.device))
 
     def read(self, *, late: bool) -> list[int]:
+        """Return the tokens of the last run, or if ``late`` of the one before."""
         turn = 1 - self._turn if late else self._turn
         self._events[turn].synchronize()
         tokens: list[int] = self._copies[turn].tolist()
@@ -190,29 +174,22 @@ class TorchEngine:
 
     def __init__(self, model: LoadedModel, slots: int) -> None:
         self.clock = WallClock()
-        self._model = model
-        self._device = model.device
+        self._model, self._device = model, model.device
         cuda = model.device.type == "cuda"
-        self._timer: HostTimer | CudaTimer = (
-            CudaTimer(self.clock, model.device) if cuda else HostTimer(self.clock, model.device)
-        )
+        self._timer = (CudaTimer if cuda else HostTimer)(self.clock, model.device)
         self._last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self._chooser = Chooser(slots, model.device)
-        self._log: list[torch.Tensor] = []  # the last tokens of all slots after each step
+        self._log: list[Tensor] = []  # the last tokens of all slots after each step
         self._eos = set(model.source.eos_token_ids)
         self._on_host = TokensOnHost(self._last) if cuda else None
-
-    @property
-    def looks_late(self) -> bool:
-        return self._on_host is not None
+        self.looks_late = cuda
 
     def begin(self, workload: Workload) -> None:
         with current(self._device):
             self._begin(workload)
 
     def _begin(self, workload: Workload) -> None:
-        self._workload = workload
-        self._log = []
+        self._workload, self._log = workload, []
         self._last.zero_()
         if workload.sampling != self._chooser.sampling:
             self._chooser.sampling = workload.sampling
@@ -246,13 +223,10 @@ class TorchEngine:
                 # not run ahead.
                 self._timer.settle()
                 if self.clock.now() >= plan.until:
-                    return self._launched(step + 1)
-        return self._launched(plan.repeat)
-
-    def _launched(self, steps: int) -> int:
+                    break
         if self._on_host is not None and self._workload.stop_at_eos:
             self._on_host.send()
-        return steps
+        return step + 1
 
     def stopped(self, plan: Plan, *, late: bool = False) -> Collection[int]:
         host = self._on_host
@@ -292,11 +266,11 @@ class TorchEngine:
         """Compute one pass, and store the next tokens of the slots that yield."""
         self._last.index_copy_(0, self._yielding, self._forward(plan, step))
 
-    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
+    def _forward(self, plan: Plan, step: int) -> Tensor:
         """Compute one pass; return the next token of each yielding slot, ``[yielding]``."""
         raise NotImplementedError
 
-    def _tensor(self, values: Collection[int] | np.ndarray) -> torch.Tensor:
+    def _tensor(self, values: Collection[int] | np.ndarray) -> Tensor:
         array = np.asarray(values, np.int64)
         # Without a wait only on CUDA: MPS copies later, when the array may be gone.
         return torch.from_numpy(array).to(self._device, non_blocking=self._device.type == "cuda")

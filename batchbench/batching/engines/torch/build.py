@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedConfig
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch.architecture import Architecture, describe
+from batchbench.batching.engines.torch import hardware
+from batchbench.batching.engines.torch.architecture import Architecture, architecture_of
 from batchbench.batching.engines.torch.attention import aligned, kv_token_bytes
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import (
@@ -27,13 +27,6 @@ from batchbench.batching.engines.torch.forward import (
     TransformersForward,
     cache_dtype,
     make_forward,
-)
-from batchbench.batching.engines.torch.hardware import (
-    SMALL,
-    buffer_bytes,
-    cache_bytes,
-    device_median_s,
-    median_s,
 )
 from batchbench.batching.engines.torch.linear import Kernels, make_linear, padded_bytes
 from batchbench.batching.engines.torch.reference import TeacherForced
@@ -58,28 +51,15 @@ from batchbench.errors import UsageError
 from batchbench.workloads import Workload
 from batchbench.workloads.sampling import Sampling
 
-HEADROOM = 0.1
-"""Share of the free memory that stays unused."""
-
+HEADROOM = 0.1  # share of the free memory that stays unused
 EAGER_WIDTHS = 37
 """Peak activations of a token in transformers' modules, in hidden sizes: GPT-2's GELU alone keeps
 four tensors of the inner size (4 hidden sizes)."""
-
-REFERENCE_LOGITS = 3
-"""Copies of a request's logits during verification."""
-
-LEFT_BEHIND = 128 * 2**20
-"""Memory that the allocator keeps after loading and packing, and that torch's libraries take when
-they first compute."""
-
-REPORTING = 64 * 2**20
-"""Memory of the libraries for tables and pictures, which are imported after the trials."""
-
-WORKSPACES = 64 * 2**20
-"""Memory of cuBLAS on a GPU: torch keeps 32 MiB on Hopper for the main stream and for graphs."""
-
-LARGEST_PRODUCT = 2**24
-"""Maximum number of values in the timed product; times of more rows are extrapolated."""
+REFERENCE_LOGITS = 3  # copies of a request's logits during verification
+LEFT_BEHIND = 128 * 2**20  # kept by the allocator after loading, and taken by torch's libraries
+REPORTING = 64 * 2**20  # for tables and pictures, imported after the trials
+WORKSPACES = 64 * 2**20  # of cuBLAS: torch keeps 32 MiB on Hopper for the main stream and graphs
+LARGEST_PRODUCT = 2**24  # values in the timed product; times of more rows are extrapolated
 
 
 @dataclass(frozen=True)
@@ -109,9 +89,8 @@ class Served:
     def bytes(self, slots: int) -> int:
         """Return the bytes that serving this many slots takes in addition to weights."""
         text = self.config.get_text_config()
-        tokens = self.pass_tokens(slots)
         values = self.lean.activations if self.lean else EAGER_WIDTHS * text.hidden_size
-        passes = tokens * values * self.dtype.itemsize
+        passes = self.pass_tokens(slots) * values * self.dtype.itemsize
         logits = slots * text.vocab_size * (self.dtype.itemsize + 4)
         # While the batch changes, the notebook engine holds the old cache and the new one.
         caches = 2 if self.engine == "notebook" else 1
@@ -143,30 +122,29 @@ def make_engine(
     """Return the engine of that name, and its bytes of weights, packed weights and cache.
 
     ``forward`` is the slots engine's pass, None for the leanest correct one; ``prompt``, ``mixes``
-    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if a
-    batch of this size does not fit, with the largest that does, or if the model cannot be computed
-    as ``execution`` says.
+    and ``budget`` are as in :class:`Served`, ``sampling`` as in SlotsEngine. Raises UsageError if
+    the batch does not fit, or if the model cannot be computed as ``execution`` says.
     """
-    config = model.module.config
-    with current(model.device), _cache_fits(slots, model.device):
-        own = False
+    device, config, own = model.device, model.module.config, False
+    with current(device), _cache_fits(slots, device):
         if name == "notebook":
-            forward, mixes = None, False
+            forward = None
         else:
-            chosen = _resolve_execution(execution, model.device)
+            chosen = _resolve_execution(execution, device)
             # torch.compile traces torch's own operators only.
             own = forward is None and chosen != "compile"
             forward = forward or make_forward(model, Kernels.OWN if own else Kernels.PLAIN)
+        theirs = isinstance(forward, TransformersForward | None)
         served = Served(
             config=config,
             dtype=model.dtype,
             cached=forward.cache_dtype if forward else model.dtype,
             engine=name,
             prompt=prompt,
-            longest=aligned(max_len, model.device) if forward else max_len,
-            mixes=mixes,
+            longest=aligned(max_len, device) if forward else max_len,
+            mixes=mixes and forward is not None,
             budget=budget,
-            lean=None if isinstance(forward, TransformersForward | None) else lean_of(config),
+            lean=None if theirs else architecture_of(config),
         )
         _check_room(model, slots, served)
         memory = {
@@ -178,20 +156,15 @@ def make_engine(
             return NotebookEngine(model, slots), memory
         if isinstance(forward, TransformersForward):
             _check_forward(model, forward)
-        falls_back, tokens = execution == "auto", served.pass_tokens(slots)
-        made = _slots_engine(model, slots, max_len, forward, chosen, falls_back, tokens, sampling)
-        if own and model.device.type == "cuda" and not made.triton and not made.execution_note:
-            made.execution_note = f"without Triton's kernels: {why_no_triton(model)}"
+        args = (model, slots, max_len, forward, chosen, served.pass_tokens(slots), sampling)
+        made = _slots_engine(*args, falls_back=execution == "auto")
+        notes = [made.execution_note]
+        if own and device.type == "cuda" and not made.triton and not made.execution_note:
+            notes = [f"without Triton's kernels: {why_no_triton(model)}"]
         if isinstance(forward, TransformersForward) and forward.why:
-            notes = (f"transformers' forward pass: {forward.why}", made.execution_note)
-            made.execution_note = "; ".join(filter(None, notes))
+            notes = [f"transformers' forward pass: {forward.why}", *notes]
+        made.execution_note = "; ".join(filter(None, notes)) or None
         return made, memory
-
-
-def lean_of(config: PreTrainedConfig) -> Architecture | None:
-    """Return what batchbench's own pass computes for a configuration; None for transformers'."""
-    found = describe(config)
-    return None if isinstance(found, str) else found
 
 
 @contextmanager
@@ -223,9 +196,10 @@ def _slots_engine(
     max_len: int,
     forward: Forward,
     execution: str,
-    falls_back: bool,
     most_tokens: int | None = None,
     sampling: Sampling | None = None,
+    *,
+    falls_back: bool,
 ) -> SlotsEngine:
     """Return the slots engine; an eager one if preparing its passes fails and that is allowed."""
     try:
@@ -292,13 +266,16 @@ def _check_room(model: LoadedModel, slots: int, served: Served) -> None:
     )
 
 
+# The estimate of a run
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes of weights and cache, peak and available bytes, and seconds of a step's products.
 
     ``peak_bytes`` and ``room_bytes`` are of the device that serves; on a CPU they count the whole
-    process. ``fitting`` is the largest batch size that fits, 0 if none does. On a GPU a step also
-    takes ``launching_s`` for its ``launches`` of kernels, which run one after another.
+    process. ``fitting`` is the largest batch size that fits, if this one does not; 0 if none does.
+    On a GPU a step also takes ``launching_s`` for its ``launches`` of kernels, one after another.
     """
 
     device: str
@@ -306,15 +283,10 @@ class Sizes:
     kv_cache_bytes: int
     peak_bytes: int
     room_bytes: int
-    fitting: int
+    fitting: int | None
     step_s: float
     launches: int = 0
     launching_s: float = 0.0
-
-    @property
-    def fits(self) -> bool:
-        """Return True if the run fits in the free memory."""
-        return self.peak_bytes <= self.room_bytes
 
 
 def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes:
@@ -324,7 +296,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     dtype = resolve_dtype(experiment.model.dtype, device)
     config, serving = model_config(source), experiment.serving
     slots, longest = serving.batch_size, workload.max_total_tokens
-    lean = lean_of(config) if serving.engine == "slots" else None
+    lean = architecture_of(config) if serving.engine == "slots" else None
     served = Served(
         config,
         dtype,
@@ -338,12 +310,12 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
     )
     base = psutil.Process().memory_info().rss  # before anything is timed
     byte_s, packs = _time_product(served, slots, device)
-    parameters = count_parameters(source)
     room = int(free_bytes(device) * (1 - HEADROOM)) + (base if device.type == "cpu" else 0)
+    parameters = count_parameters(source)
     run = _Run(experiment, source, workload, served, device, base, parameters, packs, room)
-    peak, fits = run.peak_bytes(slots), slots
+    peak, fitting = run.peak_bytes(slots), None
     if peak > room:
-        fits = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
+        fitting = largest_batch(lambda fewer: run.peak_bytes(fewer) <= room, slots)
     launches = _launches(served, device) if device.type == "cuda" else 0
     replayed = serving.engine == "slots" and serving.execution in ("auto", "graph")
     return Sizes(
@@ -352,7 +324,7 @@ def size_up(experiment: Experiment, source: Source, workload: Workload) -> Sizes
         kv_cache_bytes=served.cache_bytes(slots),
         peak_bytes=peak,
         room_bytes=room,
-        fitting=fits,
+        fitting=fitting,
         step_s=run.weight_bytes * byte_s,
         launches=launches,
         launching_s=launches * _time_kernel(device, replayed=replayed) if launches else 0.0,
@@ -374,22 +346,18 @@ def _launches(served: Served, device: torch.device) -> int:
     return int(of_layer * served.config.get_text_config().num_hidden_layers + beside)
 
 
-_KERNELS = 100
-"""Kernels that are timed together."""
+_KERNELS = 100  # that are timed together
 
 
 def _time_kernel(device: torch.device, *, replayed: bool) -> float:
-    """Return the seconds from one kernel with almost no work to the next.
-
-    In a replayed graph it is the device's time; otherwise the host launches each one.
-    """
-    small = torch.zeros(SMALL, device=device)
+    """Return the seconds from one kernel with almost no work to the next, in a graph or without."""
+    small = torch.zeros(hardware.SMALL, device=device)
 
     def run() -> None:
         for _ in range(_KERNELS):
             small.add_(1.0)
 
-    measure = partial(device_median_s, runs=1) if replayed else median_s
+    measure = partial(hardware.device_median_s, runs=1) if replayed else hardware.median_s
     return measure(run, device, 15) / _KERNELS
 
 
@@ -400,7 +368,7 @@ def _time_product(served: Served, slots: int, device: torch.device) -> tuple[flo
     product = make_linear(matrix, None, Kernels.OWN if served.lean else Kernels.PLAIN)
     rows = max(1, min(slots, LARGEST_PRODUCT // len(matrix)))
     x = torch.rand(rows, width, device=device).to(dtype)
-    seconds = device_median_s(lambda: product(x), device, 7) * slots / rows
+    seconds = hardware.device_median_s(lambda: product(x), device, 7) * slots / rows
     return seconds / matrix.nbytes, bool(product.extra_bytes)
 
 
@@ -437,25 +405,30 @@ class _Run:
 
     def peak_bytes(self, slots: int) -> int:
         """Return the largest of the stages: loading, packing, serving, verifying."""
-        weights, resident = self.weight_bytes, self.resident_bytes
+        weights, resident, served = self.weight_bytes, self.resident_bytes, self.served
+        text, kind = served.config.get_text_config(), self.device.type
         paged = self._generate_batch_bytes(slots)
-        cached = self.served.cache_bytes(slots) + paged
-        buffer = 0
-        if weights > (cache_bytes(self.device) or 0):  # read before each trial, beside the cache
-            left = max(0, self.room - resident - cached) if self.device.type == "cuda" else None
-            buffer = buffer_bytes(self.device, left)
-        serving = max(self.served.bytes(slots) + paged, cached + buffer)
-        verifying = cached + self._verification_bytes()
-        if self.device.type != "cpu":
-            workspaces = WORKSPACES if self.device.type == "cuda" else 0
-            return resident + max(serving, verifying) + workspaces
-        text = self.served.config.get_text_config()
-        head = text.vocab_size * text.hidden_size * self.served.dtype.itemsize
+        cached = served.cache_bytes(slots) + paged
+        buffer = 0  # which is read before each trial, beside the cache
+        if weights > (hardware.cache_bytes(self.device) or 0):
+            left = max(0, self.room - resident - cached) if kind == "cuda" else None
+            buffer = hardware.buffer_bytes(self.device, left)
+        serving = max(served.bytes(slots) + paged, cached + buffer)
+        verifying = cached
+        if self.experiment.trials.verify_limit:
+            logits = int(self.workload.output_tokens.max()) * text.vocab_size * 4
+            # A float32 copy of 16-bit weights; in float32 differences are so rare that a float64
+            # copy is not counted.
+            copied = 0 if served.dtype is torch.float32 else self.parameters * 4
+            verifying += logits * REFERENCE_LOGITS + copied
+        if kind != "cpu":
+            return resident + max(serving, verifying) + WORKSPACES * (kind == "cuda")
         # Dummy weights are drawn in float32; a checkpoint's file is read into a second copy.
         loading = self.parameters * 4 if self.source.load_format == "dummy" else 2 * weights
-        packing = resident + (head if self.packs else 0)
+        head = text.vocab_size * text.hidden_size * served.dtype.itemsize
+        packing = resident + head * self.packs
         stages = (loading, packing, resident + serving, resident + verifying + REPORTING)
-        return self.base + LEFT_BEHIND + max(stages)
+        return int(self.base + LEFT_BEHIND + max(stages))
 
     def _generate_batch_bytes(self, slots: int) -> int:
         """Return the bytes of generate_batch's paged cache and logits; 0 if it does not run."""
@@ -469,15 +442,3 @@ class _Run:
         tokens = max(slots, min(budget, slots * served.longest))
         logits = tokens * served.config.get_text_config().vocab_size * served.dtype.itemsize
         return int(cache + logits)
-
-    def _verification_bytes(self) -> int:
-        """Return the bytes of logits, and in 16-bit formats of a float32 copy of the weights.
-
-        In float32 differences are so rare that a float64 copy is not counted.
-        """
-        if self.experiment.trials.verify_limit == 0:
-            return 0
-        text = self.served.config.get_text_config()
-        logits = int(self.workload.output_tokens.max()) * text.vocab_size * 4 * REFERENCE_LOGITS
-        short = self.served.dtype is not torch.float32
-        return int(logits + (self.parameters * 4 if short else 0))

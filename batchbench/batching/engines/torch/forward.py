@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn.functional import embedding
 
 from batchbench.batching.engines.torch.architecture import (
@@ -20,10 +21,10 @@ from batchbench.batching.engines.torch.attention import (
     Layout,
     SlotLayer,
     attend,
-    attend_natively,
+    attend_prompts,
     cache_argument,
 )
-from batchbench.batching.engines.torch.kernels import Native, Table, Through, native
+from batchbench.batching.engines.torch.kernels import Native, native
 from batchbench.batching.engines.torch.linear import Kernels, Linear, make_linear
 from batchbench.batching.engines.torch.sampling import Choose, choose
 from batchbench.batching.engines.torch.triton.choice import triton_forward, triton_ops
@@ -33,33 +34,17 @@ from batchbench.batching.models.loading import LoadedModel
 class Forward(Protocol):
     """The model's forward pass over tokens that lie end to end."""
 
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The number format of cached keys and values."""
+    cache_dtype: torch.dtype  # of cached keys and values
+    extra_bytes: int  # held in addition to the model's own weights
+    triton: bool  # attention is computed with Triton, so the engine prepares no masks
+    choose: Choose  # the choice of the next tokens
 
-    @property
-    def extra_bytes(self) -> int:
-        """Bytes held in addition to the model's own weights."""
-
-    @property
-    def triton(self) -> bool:
-        """True if attention is computed with Triton, so the engine prepares no masks."""
-
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         """Return logits ``[kept, vocabulary]`` of ``ids``, ``[tokens]``; of all if None is kept."""
-
-    @property
-    def choose(self) -> Choose:
-        """The choice of the next tokens."""
 
 
 class TransformersForward:
-    """Any causal LM of transformers, through its cache and attention interfaces.
-
-    ``why`` is the reason why the model has no leaner pass; None if this one was asked for.
-    """
+    """Any causal LM of transformers; ``why`` is the reason why it has no leaner pass, if known."""
 
     extra_bytes = 0
 
@@ -74,12 +59,10 @@ class TransformersForward:
         self._cache_argument = cache_argument(model.module)
         self.cache_dtype = model.dtype
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         if self._module.config._attn_implementation != NAME:
             self._module.set_attn_implementation(NAME)
-        logits: torch.Tensor = self._module(
+        logits: Tensor = self._module(
             input_ids=ids.unsqueeze(0),
             position_ids=layout.positions.unsqueeze(0),
             use_cache=True,
@@ -108,7 +91,7 @@ class LeanForward:
     """
 
     triton = False
-    choose = staticmethod(choose)
+    choose: Choose = staticmethod(choose)
 
     def __init__(self, model: LoadedModel, weights: Weights, most: Kernels = Kernels.OWN) -> None:
         self._weights, of = weights, weights.of
@@ -127,15 +110,11 @@ class LeanForward:
         ]
         self._table = self._make_table()
         self._head = make_linear(weights.head, None, most)
-        layers = [self._head]
-        for b in self._blocks:
-            layers += [b.qkv, b.attention_out, b.mlp_in, b.mlp_out]
-        self.extra_bytes = sum(layer.extra_bytes for layer in layers)
+        products = (part for b in [*self._blocks, (self._head,)] for part in b)
+        self.extra_bytes = sum(p.extra_bytes for p in products if isinstance(p, Linear))
         self.cache_dtype = cache_dtype(of, model.device, model.dtype, most)
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         weights, angles = self._weights, None
         x = embedding(ids, weights.tokens)
         if weights.positions is not None:
@@ -144,16 +123,15 @@ class LeanForward:
             angles = weights.rotary.angles(layout.positions, x.dtype)
         if self._table is not None and self._kernels is not None and layout.decoding == len(x):
             blocks = [cached.block for cached in layout.cache.blocks]
-            self._kernels.decode(self._table, x, blocks, layout.slots, layout.positions, angles)
+            places = (layout.slots, layout.positions)
+            self._kernels.decode(self._table, weights.of, x, blocks, *places, angles)
         else:
             x = self._compute_layers(x, layout, angles)
         if keep is not None:
             x = x[keep]
         return self._head(weights.norm(x))
 
-    def _compute_layers(
-        self, x: torch.Tensor, layout: Layout, angles: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _compute_layers(self, x: Tensor, layout: Layout, angles: Tensor | None) -> Tensor:
         tokens, of = len(x), self._weights.of
         for cached, block in zip(layout.cache.blocks, self._blocks, strict=True):
             qkv = block.qkv(block.norm_1(x)).view(tokens, -1, of.head_dim)
@@ -162,64 +140,63 @@ class LeanForward:
             x = block.mlp_out.plus(block.mlp_in.activated(block.norm_2(x)), x)
         return x
 
-    def _make_table(self) -> Table | None:
-        """Return the weights of all layers for :meth:`Native.decode`, if they are packed for it."""
-        rows: list[list[torch.Tensor | None]] = []
+    def _make_table(self) -> Tensor | None:
+        """Return the addresses for :meth:`Native.decode`, if all weights are packed for it."""
+        rows = []
         for b in self._blocks:
-            packed = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
-            if self._kernels is None or () in packed:
+            qkv, out, *mlp = [m.packed for m in (b.qkv, b.attention_out, b.mlp_in, b.mlp_out)]
+            if self._kernels is None or () in (qkv, out, *mlp):
                 return None
             norms = (norm.weight for norm in b.head_norms) if b.head_norms else (None, None)
-            qkv, out, mlp_in, mlp_out = packed
-            rows.append([*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp_in, *mlp_out])
-        of = self._weights.of
-        through = Through.SWIGLU if of.gated else Through.GELU
-        return Table(rows, heads=of.heads, inner=of.inner, through=through, eps=of.eps)
+            tensors = [*b.norm_1[:2], *qkv, *norms, *out, *b.norm_2[:2], *mlp[0], *mlp[1], None]
+            rows.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+        return torch.tensor(rows)
 
     def _attend(
         self,
         cached: SlotLayer,
-        qkv: torch.Tensor,
+        qkv: Tensor,
         norms: Sequence[Norm],
         layout: Layout,
-        angles: torch.Tensor | None,
-    ) -> torch.Tensor:
+        angles: Tensor | None,
+    ) -> Tensor:
         """Attend in one layer with ``qkv``, ``[tokens, heads + 2 × kv_heads, head_dim]``."""
-        of = self._weights.of
+        heads, kv_heads = self._weights.of.heads, self._weights.of.kv_heads
+        out = None
         if self._kernels is not None:
             plain = [norm.weight for norm in norms]
-            return attend_natively(self._kernels, cached, qkv, layout, angles, plain, of.eps)
-        if angles is not None:
-            qk = qkv[:, : of.heads + of.kv_heads]
+            places = (cached.block, layout.slots, layout.positions, layout.decoding)
+            out = self._kernels.attention(qkv, *places, angles, plain, self._weights.of.eps)
+        elif angles is not None:
+            qk, v = qkv[:, :-kv_heads], qkv[:, -kv_heads:]
             if norms:
-                both = torch.split(qk, [of.heads, of.kv_heads], 1)
+                both = torch.split(qk, [heads, kv_heads], 1)
                 qk = torch.cat([norm(x) for norm, x in zip(norms, both, strict=True)], 1)
-            qkv = torch.cat([rotate(qk, angles), qkv[:, -of.kv_heads :]], 1)
+            qkv = torch.cat([rotate(qk, angles), v], 1)
         qkv = qkv.to(self.cache_dtype)
-        kv = qkv[:, of.heads :].view(len(qkv), 2, of.kv_heads, -1)
-        return attend(cached, qkv[:, : of.heads], kv, layout)
+        q, kv = qkv[:, :heads], qkv[:, heads:].view(len(qkv), 2, kv_heads, -1)
+        if out is None:
+            return attend(cached, q, kv, layout)
+        attend_prompts(q, kv, cached, layout, out)
+        return out
 
 
 def _attention_kernels(
-    architecture: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels
+    of: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels
 ) -> Native | None:
-    """Return batchbench's attention kernels if they can compute what the model needs."""
     kernels = native() if most >= Kernels.OWN and device.type == "cpu" else None
-    return kernels if kernels and kernels.attends(architecture.head_dim, dtype) else None
+    return kernels if kernels and kernels.attends(of.head_dim, dtype) else None
 
 
 def cache_dtype(
-    architecture: Architecture,
-    device: torch.device,
-    dtype: torch.dtype,
-    most: Kernels = Kernels.OWN,
+    of: Architecture, device: torch.device, dtype: torch.dtype, most: Kernels = Kernels.OWN
 ) -> torch.dtype:
     """Return the number format in which :class:`LeanForward` caches keys and values.
 
     On a CPU torch's attention kernel is slower for single queries in bfloat16 than in float32, by
     more than the doubled cache costs (docs/log.md).
     """
-    if device.type != "cpu" or _attention_kernels(architecture, device, dtype, most) is not None:
+    if device.type != "cpu" or _attention_kernels(of, device, dtype, most):
         return dtype
     return torch.float32
 

@@ -6,14 +6,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 from transformers.pytorch_utils import Conv1D
 
-from batchbench.batching.engines.torch.architecture import weights_of
+from batchbench.batching.engines.torch.architecture import Matrix, weights_of
 from batchbench.batching.engines.torch.attention import Layout, kv_token_bytes
 from batchbench.batching.engines.torch.forward import Forward, TransformersForward
 from batchbench.batching.engines.torch.graphs import Capture
@@ -23,8 +24,7 @@ from batchbench.batching.machine import gpu_driver, last_level_cache_bytes
 from batchbench.batching.models.loading import LoadedModel, free_bytes
 from batchbench.batching.step_cost import TIMES_THE_CACHE, Bandwidth, Reading
 
-_WARM_UPS = 2
-"""Turns that do not count: the first ones touch memory and prepare kernels."""
+_WARM_UPS = 2  # turns that do not count: they touch memory and prepare kernels
 
 
 def median_s(function: Callable[[], object], device: torch.device, turns: int) -> float:
@@ -49,17 +49,15 @@ def _seconds(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-GRAPH_RUNS = 10
-"""Runs in one CUDA graph, whose own start is then a small part of its time."""
+GRAPH_RUNS = 10  # in one CUDA graph, whose own start is then a small part of its time
 
 
 def device_median_s(
     function: Callable[[], object], device: torch.device, turns: int, runs: int = GRAPH_RUNS
 ) -> float:
-    """Return the median seconds of one run of ``function``, without the host's time on CUDA.
+    """Return the median seconds of one run of ``function``; on CUDA of its replay in a graph.
 
-    There, kernels of microseconds end faster than the host launches them. They are replayed in a
-    CUDA graph, as in a decode pass.
+    There, kernels of microseconds end faster than the host launches them.
     """
     if device.type != "cuda":
         return median_s(function, device, turns)
@@ -72,34 +70,29 @@ def device_median_s(
 
 
 _LEAST_BYTES = 2**28  # also for a cache that is small or of unknown size
-
 _LEAST_GPU_BYTES = 2**32  # 256 MiB take 0.09 ms on an H100, as long as a few launches
-
 _SHARE_OF_MEMORY = 0.5  # of the free memory, so that no measurement makes the machine swap
-
-_WIDTH = 1024
 
 
 @torch.inference_mode()
 def measure_bandwidth(device: torch.device, *, turns: int = 7) -> Bandwidth:
     """Read a buffer that is larger than any cache, with all threads, in several ways.
 
-    The result is the fastest way's median over its turns: a slower way is limited by its
-    arithmetic, not by memory.
+    The fastest way's median counts: a slower way is limited by its arithmetic, not by memory.
     """
-    cache = cache_bytes(device)
-    rows = max(1, -(-buffer_bytes(device) // (4 * _WIDTH)))
-    buffer = torch.ones(rows, _WIDTH, device=device)
-    vector, flat = torch.ones(_WIDTH, device=device), buffer.view(-1)
+    cached = cache_bytes(device)
+    rows = max(1, -(-buffer_bytes(device) // (4 * 1024)))
+    buffer = torch.ones(rows, 1024, device=device)
+    vector, flat = buffer[0].clone(), buffer.view(-1)
     ways: dict[str, Callable[[], object]] = {
         "sum": buffer.sum,
         "matrix × vector": lambda: buffer.mv(vector),
         "dot product with itself": lambda: flat.dot(flat),
     }
     speeds = {name: buffer.nbytes / median_s(way, device, turns) for name, way in ways.items()}
-    best = max(speeds, key=lambda name: speeds[name])
+    best = max(speeds, key=speeds.__getitem__)
     threads = torch.get_num_threads() if device.type == "cpu" else None
-    return Bandwidth(speeds[best], best, buffer.nbytes, cache, turns, threads)
+    return Bandwidth(speeds[best], best, buffer.nbytes, cached, turns, threads)
 
 
 def buffer_bytes(device: torch.device, free: int | None = None) -> int:
@@ -117,13 +110,11 @@ def cache_bytes(device: torch.device) -> int | None:
 
 
 def reading_of(model: LoadedModel) -> Reading:
-    """Return the bytes that a decode step reads.
-
-    An embedding that is not tied to a product is left out: a step reads one row a request.
-    """
+    """Return the bytes that a decode step reads."""
     modules = list(model.module.modules())
     multiplied = {id(m.weight) for m in modules if isinstance(m, nn.Linear)}
     tables = {id(m.weight): m.weight.nbytes for m in modules if isinstance(m, nn.Embedding)}
+    # Of an embedding that is not tied to a product, a step reads one row a request.
     looked_up = sum(size for key, size in tables.items() if key not in multiplied)
     return Reading(
         dtype=model.dtype_name,
@@ -139,49 +130,38 @@ def measure_products(model: LoadedModel, rows: int, *, turns: int = 15) -> float
     return device_median_s(products(model, rows), model.device, turns)
 
 
-SMALL, _LARGE = 64, 2048
-"""Widths of a product with almost no work, and of one that keeps the whole device busy."""
+SMALL, _LARGE = 64, 2048  # widths of a product with almost no work, and of one that fills a GPU
 
 
 @torch.inference_mode()
 def measure_launching(model: LoadedModel, rows: int, *, turns: int = 15) -> float | None:
-    """Return the seconds in which a GPU runs as many products as a step has, with almost no work.
-
-    None on a CPU, where a call costs little beside a product.
-    """
+    """Return the seconds of as many products as a step has, with almost no work; None on a CPU."""
     if model.device.type != "cuda":
         return None
-    count = sum(1 for _ in _weights(model))
-    weight = torch.zeros(SMALL, SMALL, device=model.device, dtype=model.dtype)
-    layer, x = make_linear(weight, None), torch.zeros_like(weight)[: min(rows, SMALL)]
-
-    def run() -> None:
-        for _ in range(count):
-            layer(x)
-
-    return device_median_s(run, model.device, turns)
+    product, count = _product(model, SMALL, rows), sum(1 for _ in _weights(model))
+    return device_median_s(lambda: [product() for _ in range(count)], model.device, turns)
 
 
 @torch.inference_mode()
 def measure_arithmetic(model: LoadedModel, rows: int, *, turns: int = 3) -> float | None:
-    """Return the seconds of a step's products at the rate of a large product, which is arithmetic.
-
-    None on a CPU, where the products themselves show it.
-    """
+    """Return the seconds of a step's products at the rate of a large product; None on a CPU."""
     if model.device.type != "cuda":
         return None
-    weight = torch.zeros(_LARGE, _LARGE, device=model.device, dtype=model.dtype)
-    layer, x = make_linear(weight, None), torch.zeros_like(weight)
-    seconds = device_median_s(lambda: layer(x), model.device, turns, runs=4)
+    seconds = device_median_s(_product(model, _LARGE, _LARGE), model.device, turns, runs=4)
     return seconds * rows * sum(w.numel() for w, _ in _weights(model)) / _LARGE**3
 
 
-def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+def _product(model: LoadedModel, width: int, rows: int) -> Callable[[], Tensor]:
+    weight = torch.zeros(width, width, device=model.device, dtype=model.dtype)
+    return partial(make_linear(weight, None), torch.zeros_like(weight)[:rows])
+
+
+def _weights(model: LoadedModel) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yield weight, ``[outputs, inputs]``, and bias of each matrix product of a decode step."""
     weights = weights_of(model.module)
     if not isinstance(weights, str):
         for layer in weights.layers:
-            yield from (layer.qkv, layer.attention_out, layer.mlp_in, layer.mlp_out)
+            yield from (part for part in layer if isinstance(part, Matrix))
         yield weights.head, None
         return
     for module in model.module.modules():
@@ -191,20 +171,16 @@ def _weights(model: LoadedModel) -> Iterator[tuple[torch.Tensor, torch.Tensor | 
 
 
 def products(
-    model: LoadedModel,
-    rows: int,
-    make: Callable[[torch.Tensor, torch.Tensor | None], Linear] = make_linear,
+    model: LoadedModel, rows: int, make: Callable[[Tensor, Tensor | None], Linear] = make_linear
 ) -> Callable[[], None]:
     """Return a function that computes all matrix products of one decode step."""
-    layers: list[tuple[Linear, torch.Tensor]] = []
-    inputs: dict[int, torch.Tensor] = {}
     numbers = torch.Generator().manual_seed(0)
-    for weight, bias in _weights(model):
-        width = weight.shape[1]
-        if width not in inputs:
-            drawn = torch.randn(rows, width, generator=numbers)
-            inputs[width] = drawn.to(device=model.device, dtype=model.dtype)
-        layers.append((make(weight, bias), inputs[width]))
+
+    @cache
+    def inputs(width: int) -> Tensor:
+        return torch.randn(rows, width, generator=numbers).to(model.device, model.dtype)
+
+    layers = [(make(*matrix), inputs(matrix[0].shape[1])) for matrix in _weights(model)]
 
     def run() -> None:
         for layer, x in layers:
@@ -214,10 +190,7 @@ def products(
 
 
 class ModelClock:
-    """The time within a model's forward pass, from token ids to logits, on the host's clock.
-
-    On a GPU that is only the time to launch the pass, and of no use.
-    """
+    """The time within a model's forward pass, on the host's clock; on a GPU it is of no use."""
 
     def __init__(self) -> None:
         self.ns = 0
@@ -254,9 +227,7 @@ class _Timed:
         self.cache_dtype, self.extra_bytes = forward.cache_dtype, forward.extra_bytes
         self.triton, self.choose = forward.triton, forward.choose
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         began = time.perf_counter_ns()
         logits = self._forward(ids, layout, keep)
         self._clock.ns += time.perf_counter_ns() - began
@@ -274,26 +245,21 @@ def _attention_kernels(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def torch_environment(device_name: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """Return the facts about torch's device: threads, kernels, GPU and driver.
-
-    A trial reads the clocks at its end: those of an idle GPU say nothing.
-    """
+    """Return the facts about torch's device; a trial reads the clocks, which an idle GPU lowers."""
     gpu = ("gpu", "gpu_uuid", "gpu_memory_bytes", "gpu_driver", "gpu_clock_mhz")
-    facts: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "cpu_kernels": None,
-        **dict.fromkeys(gpu),
-        "cuda": torch.version.cuda,
-    }
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "cpu_kernels": None}
+    facts |= {**dict.fromkeys(gpu), "cuda": torch.version.cuda}
     if device_name.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device_name)
-        facts["gpu"] = properties.name
-        facts["gpu_uuid"] = str(properties.uuid)
-        facts["gpu_memory_bytes"] = properties.total_memory
-        facts["gpu_driver"] = gpu_driver(facts["gpu_uuid"])
-        facts["cudnn"] = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
-        facts["gpu_attention"] = _attention_kernels(torch.device(device_name), dtype)
-        facts["float32_products"] = torch.get_float32_matmul_precision()
+        facts |= {
+            "gpu": properties.name,
+            "gpu_uuid": str(properties.uuid),
+            "gpu_memory_bytes": properties.total_memory,
+            "gpu_driver": gpu_driver(str(properties.uuid)),
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "gpu_attention": _attention_kernels(torch.device(device_name), dtype),
+            "float32_products": torch.get_float32_matmul_precision(),
+        }
     elif device_name == "cpu":
         facts["cpu_kernels"] = "torch's" if native() is None else "batchbench's"
     return facts

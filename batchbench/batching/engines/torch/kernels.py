@@ -13,19 +13,21 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from batchbench.batching.engines.torch.architecture import Architecture
 from batchbench.batching.machine import Processor, find_compiler
 from batchbench.files import cache_folder, replacing
+from batchbench.workloads.sampling import Sampling
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-PANEL = 32
-"""Outputs in a panel of packed weights."""
+PANEL = 32  # outputs in a panel of packed weights
 MAX_HEAD_SIZE = 256
 
 
@@ -42,47 +44,45 @@ _FLAGS = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
 )
 _COMPILING_S = 120.0
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+FORMATS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # with their names in C++
 
 
 @cache
 def native() -> Native | None:
     """Return the compiled operations if this machine can run and compile them."""
     processor = Processor.here()
-    if not processor.runs_kernels:
-        return None
-    library = _compiled()
-    return None if library is None else Native(library, processor)
+    library = _compiled() if processor.runs_kernels else None
+    return Native(library, processor) if library is not None else None
 
 
 class Native:
     """The operations; all tensors are on the CPU, contiguous, in float32 or bfloat16."""
 
     def __init__(self, library: ctypes.CDLL, processor: Processor) -> None:
-        self.processor = processor
-        self._products = _functions(library, "product", pointers=6, integers=4)
-        self._attentions = _functions(library, "attention", pointers=8, integers=7, numbers=2)
-        self._decodes = _functions(library, "decode", pointers=7, integers=10, numbers=2)
-        self._choices = _functions(library, "greedy", pointers=2, integers=2)
-        self._draws = _functions(library, "sample", pointers=3, integers=3, numbers=2)
+        self.processor, self._library = processor, library
 
-    def multiplies(self, weight: torch.Tensor) -> bool:
+    def _call(self, name: str, dtype: torch.dtype, *args: Tensor | float | None) -> None:
+        """Call an operation for a number format, with the arguments that it has in C++."""
+        function = getattr(self._library, f"{name}_{FORMATS[dtype]}")
+        if function.argtypes is None:
+            numbers = {int: ctypes.c_long, Through: ctypes.c_long, float: ctypes.c_float}
+            function.argtypes = [numbers.get(type(argument), ctypes.c_void_p) for argument in args]
+        function(*[a.data_ptr() if isinstance(a, Tensor) else a for a in args])
+
+    def multiplies(self, weight: Tensor) -> bool:
         """Return True if :meth:`product` suits ``weight``, ``[outputs, inputs]``."""
         if weight.dtype is torch.bfloat16:
             return weight.shape[1] % 2 == 0 and not self.processor.has_amx
         return weight.dtype is torch.float32
 
     def attends(self, head_size: int, dtype: torch.dtype) -> bool:
-        return head_size <= MAX_HEAD_SIZE and dtype in _NAMES
-
-    def chooses(self, logits: torch.Tensor) -> bool:
-        return logits.dtype in _NAMES and logits.shape[1] > 0
+        return head_size <= MAX_HEAD_SIZE and dtype in FORMATS
 
     @staticmethod
-    def side_by_side(weight: torch.Tensor) -> torch.Tensor:
-        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, 16 of each in turn.
+    def side_by_side(weight: Tensor) -> Tensor:
+        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, in turn 16 of each.
 
-        So that a panel has both. Both are filled up with zeros to a multiple of 16.
+        So a panel has both, filled up with zeros.
         """
         n, half = len(weight) // 2, PANEL // 2
         blocks, rest = -(-n // half), weight.shape[1:]
@@ -91,11 +91,10 @@ class Native:
         return whole.view(2, blocks, half, *rest).transpose(0, 1).flatten(0, 2)
 
     @staticmethod
-    def pack(weight: torch.Tensor) -> torch.Tensor:
+    def pack(weight: Tensor) -> Tensor:
         """Return ``[outputs, inputs]`` in panels of 32 outputs, as :meth:`product` reads it.
 
-        ``[panels, inputs, 32]`` in float32 and ``[panels, inputs / 2, 32, 2]`` in bfloat16, filled
-        up with zeros.
+        It is ``[panels, inputs, 32]`` or, in bfloat16, ``[panels, inputs / 2, 32, 2]``.
         """
         outputs, inputs = weight.shape
         panels = -(-outputs // PANEL)
@@ -106,29 +105,27 @@ class Native:
 
     def product(
         self,
-        x: torch.Tensor,
-        packed: torch.Tensor,
+        x: Tensor,
+        packed: Tensor,
         outputs: int,
-        bias: torch.Tensor | None,
+        bias: Tensor | None,
         *,
         through: Through = Through.NOTHING,
-        add: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        add: Tensor | None = None,
+    ) -> Tensor:
         """Return ``x @ weight.T + bias``, then an activation or ``+ add``: ``[rows, outputs]``.
 
         ``x`` is ``[rows, inputs]``, ``packed`` the weight after :meth:`pack`; for SwiGLU, weight
         and bias are first put :meth:`side_by_side`, and ``outputs`` is the number of results.
         """
-        x = x.contiguous()
-        add = add if add is None else add.contiguous()
+        x, add = x.contiguous(), None if add is None else add.contiguous()
         rows, inputs = x.shape
         out = x.new_empty(rows, outputs)
-        widened = self._room_to_widen(x.dtype, rows * inputs)
-        pointers = [t if t is None else t.data_ptr() for t in (x, packed, bias, add, out, widened)]
-        self._products[x.dtype](*pointers, rows, inputs, outputs, through)
+        tensors = (x, packed, bias, add, out, self._room_to_widen(x.dtype, rows * inputs))
+        self._call("product", x.dtype, *tensors, rows, inputs, outputs, through)
         return out
 
-    def _room_to_widen(self, dtype: torch.dtype, count: int) -> torch.Tensor | None:
+    def _room_to_widen(self, dtype: torch.dtype, count: int) -> Tensor | None:
         """Return room for ``count`` inputs of products in float32, where they are widened."""
         if dtype is not torch.bfloat16 or self.processor.multiplies_bfloat16:
             return None
@@ -136,39 +133,39 @@ class Native:
 
     def decode(
         self,
-        layers: Table,
-        x: torch.Tensor,
-        blocks: Sequence[torch.Tensor],
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        angles: torch.Tensor | None,
+        table: Tensor,
+        of: Architecture,
+        x: Tensor,
+        blocks: Sequence[Tensor],
+        slots: Tensor,
+        positions: Tensor,
+        angles: Tensor | None,
     ) -> None:
         """Compute all layers for rows that only decode; ``x``, ``[rows, width]``, is the residual.
 
-        ``slots``, ``positions`` and ``angles`` are as in :meth:`attention`, a block is a layer's.
+        ``table`` has the addresses of ``struct Layer`` for each layer; the last, of its block of
+        the cache, is set here. Slots, positions and angles are as in :meth:`attention`.
         """
-        rows, width = x.shape
-        _, all_slots, kv_heads, max_len, size = blocks[0].shape
-        between = width + (2 * layers.heads + 2 * kv_heads) * size + layers.inner
-        room = x.new_empty(rows * between)
-        widened = self._room_to_widen(x.dtype, rows * between)
-        tensors = (x, room, widened, slots, positions, angles)
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
-        sizes = (len(blocks), rows, width, layers.inner, layers.through, layers.heads, kv_heads)
-        counts = (*sizes, size, all_slots, max_len)
-        self._decodes[x.dtype](layers.at(blocks), *pointers, *counts, size**-0.5, layers.eps)
+        table[:, -1] = torch.tensor([block.data_ptr() for block in blocks])
+        rows, (_, all_slots, _, max_len, size) = len(x), blocks[0].shape
+        between = rows * (of.width + 2 * (of.heads + of.kv_heads) * size + of.inner)
+        room, widened = x.new_empty(between), self._room_to_widen(x.dtype, between)
+        through = Through.SWIGLU if of.gated else Through.GELU
+        counts = (of.layers, rows, of.width, of.inner, through, of.heads, of.kv_heads, size)
+        tensors = (table, x, room, widened, slots, positions, angles)
+        self._call("decode", x.dtype, *tensors, *counts, all_slots, max_len, size**-0.5, of.eps)
 
     def attention(
         self,
-        qkv: torch.Tensor,
-        block: torch.Tensor,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
+        qkv: Tensor,
+        block: Tensor,
+        slots: Tensor,
+        positions: Tensor,
         decoding: int,
-        angles: torch.Tensor | None = None,
-        norms: Sequence[torch.Tensor] = (),
+        angles: Tensor | None = None,
+        norms: Sequence[Tensor] = (),
         eps: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Write a pass's keys and values into a layer's cache, and attend for its decoding rows.
 
         Each row reads its slot up to its own position only. ``qkv`` is ``[tokens, heads + 2 ×
@@ -181,74 +178,28 @@ class Native:
         _, all_slots, kv_heads, max_len, _ = block.shape
         heads = both - 2 * kv_heads
         out = qkv.new_empty(tokens, heads, size)
-        optional = (angles, *(norms or (None, None)))
-        tensors = (qkv, block, slots, positions, *optional, out)
-        pointers = [t if t is None else t.data_ptr() for t in tensors]
+        tensors = (qkv, block, slots, positions, angles, *(norms or (None, None)), out)
         counts = (tokens, decoding, heads, kv_heads, size, all_slots, max_len)
-        self._attentions[qkv.dtype](*pointers, *counts, size**-0.5, eps)
+        self._call("attention", qkv.dtype, *tensors, *counts, size**-0.5, eps)
         return out
 
-    def greedy(self, logits: torch.Tensor) -> torch.Tensor:
+    def greedy(self, logits: Tensor) -> Tensor:
         """Return the index of the largest number of each row, ``[rows]``; the first of equals."""
         logits = logits.contiguous()
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
-        self._choices[logits.dtype](logits.data_ptr(), out.data_ptr(), rows, vocabulary)
+        self._call("greedy", logits.dtype, logits, out, rows, vocabulary)
         return out
 
-    def sample(
-        self, logits: torch.Tensor, keys: torch.Tensor, temperature: float, top_k: int, top_p: float
-    ) -> torch.Tensor:
+    def sample(self, logits: Tensor, keys: Tensor, sampling: Sampling) -> Tensor:
         """Return the token that is drawn for each row, ``[rows]``; ``keys`` are of its noise."""
         logits, keys = logits.contiguous(), keys.contiguous()
         rows, vocabulary = logits.shape
         out = torch.empty(rows, dtype=torch.int64)
-        pointers = (logits.data_ptr(), keys.data_ptr(), out.data_ptr())
-        self._draws[logits.dtype](*pointers, rows, vocabulary, top_k, temperature, top_p)
+        numbers = (float(sampling.temperature), float(sampling.top_p))
+        sizes = (rows, vocabulary, sampling.top_k)
+        self._call("sample", logits.dtype, logits, keys, out, *sizes, *numbers)
         return out
-
-
-class Table:
-    """The weights of all layers for :meth:`Native.decode`, in the order of its ``struct Layer``."""
-
-    def __init__(
-        self,
-        weights: Sequence[Sequence[torch.Tensor | None]],
-        *,
-        heads: int,
-        inner: int,
-        through: Through,
-        eps: float,
-    ) -> None:
-        self.heads, self.inner, self.through, self.eps = heads, inner, through, eps
-        self._weights = weights  # kept, since the table has their places only
-        rows = [(*layer, None) for layer in weights]  # the last one is the cache's
-        places = [t if t is None else t.data_ptr() for row in rows for t in row]
-        self._row = len(rows[0])
-        self._table = (ctypes.c_void_p * len(places))(*places)
-
-    def at(self, blocks: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-        """Return the table with the layers' blocks of a cache."""
-        for i, block in enumerate(blocks, 1):
-            self._table[i * self._row - 1] = block.data_ptr()
-        return self._table
-
-
-def _functions(
-    library: ctypes.CDLL, name: str, *, pointers: int, integers: int, numbers: int = 0
-) -> dict[torch.dtype, Callable[..., None]]:
-    """Return an operation's functions by number format; arguments are in the order named here."""
-    functions: dict[torch.dtype, Callable[..., None]] = {}
-    for dtype, suffix in _NAMES.items():
-        function = library[f"{name}_{suffix}"]
-        function.argtypes = (
-            *[ctypes.c_void_p] * pointers,
-            *[ctypes.c_long] * integers,
-            *[ctypes.c_float] * numbers,
-        )
-        function.restype = None
-        functions[dtype] = function
-    return functions
 
 
 def _compiled() -> ctypes.CDLL | None:

@@ -9,12 +9,12 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu, linear, silu
 
 from batchbench.batching.engines.torch.kernels import Native, Through, native
 
-MULTIPLE = 128
-"""On a GPU, the last product has a multiple of so many columns: rows of 50,257 are not aligned."""
+MULTIPLE = 128  # of columns of the last product on a GPU: rows of 50,257 are not aligned
 
 
 def padded_rows(vocabulary: int) -> int:
@@ -31,9 +31,9 @@ def padded_bytes(vocabulary: int, width: int, dtype: torch.dtype) -> int:
 class OneDNN(NamedTuple):
     """oneDNN's operators in torch."""
 
-    reorder: Callable[..., torch.Tensor]
-    product: Callable[..., torch.Tensor]
-    product_and_sum: Callable[..., torch.Tensor]
+    reorder: Callable[..., Tensor]
+    product: Callable[..., Tensor]
+    product_and_sum: Callable[..., Tensor]
 
 
 @cache
@@ -45,11 +45,8 @@ def onednn(dtype: torch.dtype) -> OneDNN | None:
         names = torch.ops.mkldnn
         if dtype is torch.bfloat16 and not names._is_mkldnn_bf16_supported():
             return None
-        ops = OneDNN(
-            names._reorder_linear_weight.default,
-            names._linear_pointwise.default,
-            names._linear_pointwise.binary,
-        )
+        product = names._linear_pointwise
+        ops = OneDNN(names._reorder_linear_weight.default, product.default, product.binary)
         return ops if _right(ops, dtype) else None
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -67,27 +64,23 @@ def _right(ops: OneDNN, dtype: torch.dtype) -> bool:
     w, b, x, y = (torch.randn(*shape, generator=numbers).to(dtype) for shape in shapes)
     packed = ops.reorder(w, None)
     plain = linear(x.float(), w.float(), b.float())
-    pairs = (
-        (ops.product(x, packed, b, "none", [], ""), plain),
-        (ops.product(x, packed, b, "gelu", [], "tanh"), gelu(plain, approximate="tanh")),
-        (ops.product_and_sum(x, y, packed, b, "add"), plain + y.float()),
-    )
     within = 1e-4 if dtype is torch.float32 else 0.15
     return all(
         got.dtype is dtype and torch.allclose(got.float(), want, atol=within, rtol=0)
-        for got, want in pairs
+        for got, want in (
+            (ops.product(x, packed, b, "none", [], ""), plain),
+            (ops.product(x, packed, b, "gelu", [], "tanh"), gelu(plain, approximate="tanh")),
+            (ops.product_and_sum(x, y, packed, b, "add"), plain + y.float()),
+        )
     )
 
 
 class Kernels(IntEnum):
     """The kernels that a forward pass may use; each may fall back on those before it."""
 
-    PLAIN = 0
-    """torch's, on the weights as they are."""
-    PACKED = 1
-    """oneDNN's, on weights packed for it."""
-    OWN = 2
-    """batchbench's, compiled on this machine, on weights packed for them."""
+    PLAIN = 0  # torch's, on the weights as they are
+    PACKED = 1  # oneDNN's, on weights packed for it
+    OWN = 2  # batchbench's, compiled on this machine, on weights packed for them
 
 
 @dataclass(frozen=True)
@@ -101,27 +94,22 @@ class Linear:
     """
 
     kernels: Kernels
-    product: Callable[[torch.Tensor], torch.Tensor]
-    activated: Callable[[torch.Tensor], torch.Tensor]
-    plus: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    product: Callable[[Tensor], Tensor]
+    activated: Callable[[Tensor], Tensor]
+    plus: Callable[[Tensor, Tensor], Tensor]
     extra_bytes: int = 0
-    packed: Sequence[torch.Tensor | None] = ()
+    packed: Sequence[Tensor | None] = ()
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         return self.product(x)
 
 
 def make_linear(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    most: Kernels = Kernels.OWN,
-    *,
-    gated: bool = False,
+    weight: Tensor, bias: Tensor | None, most: Kernels = Kernels.OWN, *, gated: bool = False
 ) -> Linear:
     """Return the fastest layer for this weight, ``[outputs, inputs]`` with any strides.
 
-    ``most`` are the best kernels that may be used. The first half of a ``gated`` layer's outputs
-    is the gate's.
+    ``most`` are the best kernels that may be used. In a ``gated`` layer the gate's outputs lead.
     """
     on_cpu = weight.device.type == "cpu"
     own = native() if on_cpu and most >= Kernels.OWN else None
@@ -132,30 +120,22 @@ def make_linear(
         # Packed without a number of rows: weights packed for one row are slow for eight.
         packed = ops.reorder(weight.contiguous(), None)
 
-        def product(x: torch.Tensor) -> torch.Tensor:
-            return ops.product(x, packed, bias, "none", [], "")
+        def product(x: Tensor, function: str = "none", form: str = "") -> Tensor:
+            return ops.product(x, packed, bias, function, [], form)
 
         return Linear(
             Kernels.PACKED,
             product,
-            (lambda x: swiglu(product(x)))
-            if gated
-            else lambda x: ops.product(x, packed, bias, "gelu", [], "tanh"),
+            lambda x: swiglu(product(x)) if gated else product(x, "gelu", "tanh"),
             lambda x, y: ops.product_and_sum(x, y, packed, bias, "add"),
             weight.nbytes,
         )
+    plain = partial(linear, weight=weight, bias=bias)
     activation = swiglu if gated else partial(gelu, approximate="tanh")
-    return Linear(
-        Kernels.PLAIN,
-        lambda x: linear(x, weight, bias),
-        lambda x: activation(linear(x, weight, bias)),
-        lambda x, y: y + linear(x, weight, bias),
-    )
+    return Linear(Kernels.PLAIN, plain, lambda x: activation(plain(x)), lambda x, y: y + plain(x))
 
 
-def _own_layer(
-    own: Native, weight: torch.Tensor, bias: torch.Tensor | None, *, gated: bool
-) -> Linear:
+def _own_layer(own: Native, weight: Tensor, bias: Tensor | None, *, gated: bool) -> Linear:
     outputs, through = len(weight), Through.GELU
     if gated:
         outputs, through = outputs // 2, Through.SWIGLU
@@ -173,7 +153,7 @@ def _own_layer(
     )
 
 
-def swiglu(x: torch.Tensor) -> torch.Tensor:
+def swiglu(x: Tensor) -> Tensor:
     """Return silu(gate) × up of ``[rows, 2 × outputs]``, in which the gate's outputs come first."""
     gate, up = x.chunk(2, -1)
     return silu(gate) * up

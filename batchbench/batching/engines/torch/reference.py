@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchbench.batching.engines.torch.sampling import best_token, keys_at, noise, perturbed
 from batchbench.batching.models.loading import LoadedModel, free_bytes
@@ -66,19 +67,16 @@ class TeacherForced:
         return [Deviation(index, gap, bound) for index, gap, bound in rows]
 
     @staticmethod
-    def _logits(model: torch.nn.Module, sequence: torch.Tensor, keep: int) -> torch.Tensor:
+    def _logits(model: torch.nn.Module, sequence: Tensor, keep: int) -> Tensor:
         device = next(model.parameters()).device
         positions = torch.arange(sequence.shape[1], device=device)[None]
         ids = sequence.to(device)
         out = model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep)
-        logits: torch.Tensor = out.logits[0].cpu()
+        logits: Tensor = out.logits[0].cpu()
         return logits
 
     def _more_precise(self) -> torch.nn.Module:
-        """Return the same weights in float32, or in float64 if they are float32.
-
-        The copy is made for the first difference, on the host if the device has no room.
-        """
+        """Return the weights in float32, or float64 if they are; on the host for lack of room."""
         if self._precise is None:
             dtype = torch.float64 if self._model.dtype is torch.float32 else torch.float32
             device = self._model.device
@@ -103,19 +101,12 @@ def _copied(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
     return copy.deepcopy(module, copies)
 
 
-_MOST_NOISE = 32.0
-"""A bound of the noise."""
-
-_ROUNDING = 2.0**-22
-"""Error of a sum of logit and noise in float32, as a share of the largest such sum."""
-
-_MASS_ROUNDING = 1e-5
-"""Error of a sum of probabilities over the vocabulary in float32."""
+_MOST_NOISE = 32.0  # a bound
+_ROUNDING = 2.0**-22  # error of a sum of logit and noise in float32, as a share of the largest sum
+_MASS_ROUNDING = 1e-5  # error of a sum of probabilities over the vocabulary in float32
 
 
-def _change_to_draw(
-    tokens: torch.Tensor, logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor
-) -> torch.Tensor:
+def _change_to_draw(tokens: Tensor, logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
     """Return the smallest change of logits for which ``tokens``, ``[rows, 1]``, are drawn.
 
     Every token that is ahead with its noise must fall behind or be cut, and the drawn one must be
@@ -147,11 +138,8 @@ def _change_to_draw(
     return torch.maximum(torch.minimum(ahead, leave).amax(-1), enter.gather(1, tokens)[:, 0])
 
 
-def _distances(logits: torch.Tensor, edge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return how far each token is below the kept ones, whose least is ``edge``, or above the rest.
-
-    The distance is 0 on the other side.
-    """
+def _distances(logits: Tensor, edge: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far each token is below the least kept one, ``edge``, or above all cut ones."""
     below = logits.masked_fill(logits >= edge, -torch.inf).amax(-1, keepdim=True)
     above = torch.where(logits >= edge, logits - below, 0.0)
     return (edge - logits).clamp(min=0), above

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from batchbench.batching.engines.torch.kernels import native
+from batchbench.batching.engines.torch.kernels import FORMATS, Native, native
 from batchbench.batching.plan import Chunk
 from batchbench.workloads.request import Stream
 from batchbench.workloads.sampling import Sampling
@@ -28,28 +29,29 @@ class Choose(Protocol):
     """
 
     def __call__(
-        self,
-        logits: torch.Tensor,
-        sampling: Sampling | None = None,
-        keys: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
+        self, logits: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None
+    ) -> Tensor: ...
 
 
-def choose(
-    logits: torch.Tensor, sampling: Sampling | None = None, keys: torch.Tensor | None = None
-) -> torch.Tensor:
+def choose(logits: Tensor, sampling: Sampling | None = None, keys: Tensor | None = None) -> Tensor:
     """Return the next token of each row, as :class:`Choose` says."""
     if sampling is None or keys is None:
         return best_token(logits)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = native()
-        if kernels is not None and kernels.chooses(logits):
-            cuts = sampling.top_k, sampling.top_p
-            return kernels.sample(logits, keys, sampling.temperature, *cuts)
+    if kernels := _kernels_for(logits):
+        return kernels.sample(logits, keys, sampling)
     return best_token(perturbed(logits, sampling, keys))
 
 
-def perturbed(logits: torch.Tensor, sampling: Sampling, keys: torch.Tensor) -> torch.Tensor:
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kernels_for(logits: Tensor) -> Native | None:
+    kernels = native() if _is_eager_on_cpu(logits) else None
+    return kernels if kernels and logits.dtype in FORMATS else None
+
+
+def perturbed(logits: Tensor, sampling: Sampling, keys: Tensor) -> Tensor:
     """Return ``logit + temperature * noise``, and -inf for the tokens that are cut."""
     logits = logits.float()
     sums = noise(keys, logits.shape[1]).mul_(sampling.temperature).add_(logits)
@@ -76,13 +78,10 @@ class Chooser:
             return
         for chunk in chunks:
             self._seated[chunk.slot] = Stream(self.sampling, chunk.request.index).words
-        # Without a wait only on CUDA: MPS copies later, when the array may have changed.
-        on_cuda = self.streams.device.type == "cuda"
+        on_cuda = self.streams.device.type == "cuda"  # MPS copies later, when the array has changed
         self.streams.copy_(torch.from_numpy(self._seated.copy()), non_blocking=on_cuda)
 
-    def __call__(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Return the next token of each row; each row's last token is at a position of a slot."""
         if self.sampling is None:
             return self.choose(logits)
@@ -95,13 +94,8 @@ class Chooser:
 _SHORT = ((16, 0x21F0AAAD), (15, 0x735A2D97), (15, None))
 _LONG = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, None))
 
-_LARGEST = 1 - 2**-24
-"""The largest number below 1 in float32."""
 
-
-def _hash(
-    x: torch.Tensor, rounds: Sequence[tuple[int, int | None]], key: torch.Tensor | None = None
-) -> torch.Tensor:
+def _hash(x: Tensor, rounds: Sequence[tuple[int, int | None]], key: Tensor | None = None) -> Tensor:
     """Return a hash of int32 numbers; ``key`` is added after the first multiplication."""
     for shift, factor in rounds:
         x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))  # >> is arithmetic
@@ -112,31 +106,29 @@ def _hash(
     return x
 
 
-def keys_at(streams: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def keys_at(streams: Tensor, positions: Tensor) -> Tensor:
     """Return the keys of the noise at positions, ``[rows]``, of streams, ``[rows, 2]``."""
     return _hash(streams ^ positions.to(torch.int32)[:, None], _SHORT)
 
 
-def noise(keys: torch.Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def noise(keys: Tensor, vocabulary: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return Gumbel noise, ``[rows, vocabulary]``, for the keys of rows, ``[rows, 2]``."""
     tokens = torch.arange(vocabulary, dtype=torch.int32, device=keys.device)
     x = _hash(tokens ^ keys[:, :1], _LONG, keys[:, 1:])
     # 31 bits as a number between 0 and 1: those near 0, which give the most noise, are the finest.
-    uniform = ((x >> 1) & (2**31 - 1)).float().mul_(2**-31).add_(2**-32).clamp_(max=_LARGEST)
+    uniform = (
+        ((x >> 1) & (2**31 - 1)).float().mul_(2**-31).add_(2**-32).clamp_(max=1 - 2**-24)
+    )  # below 1
     return uniform.to(dtype).neg_().log1p_().neg_().log_().neg_()
 
 
 # The cuts
 
-_LIKELY = 1024
-"""Most likely tokens among which a CPU looks for the cut of top-p, before it sorts all."""
+_LIKELY = 1024  # tokens among which a CPU looks for the cut of top-p, before it sorts all
 
 
-def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
-    """Return the smallest logit of each row that top-k and top-p keep, ``[rows, 1]``.
-
-    The result is None if all are kept.
-    """
+def smallest_kept(logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """Return the smallest logit that is kept in each row, ``[rows, 1]``; None if all are kept."""
     vocabulary, top_p = logits.shape[1], sampling.top_p
     most = min(sampling.top_k or vocabulary, vocabulary)
     if top_p == 1:
@@ -146,8 +138,8 @@ def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | No
     if most < vocabulary:
         values = logits.topk(most).values
         weights.masked_fill_(logits < values[:, -1:], 0)
-    eager = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    window = min(_LIKELY, vocabulary) if eager and most == vocabulary else most
+    few = most == vocabulary and _is_eager_on_cpu(logits)
+    window = min(_LIKELY, vocabulary) if few else most
     while True:
         values = logits.topk(window).values  # the largest first
         likely = ((values - top) / sampling.temperature).exp_()
@@ -164,16 +156,14 @@ def smallest_kept(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor | No
 _WINDOW = 256
 
 
-def best_token(logits: torch.Tensor) -> torch.Tensor:
+def best_token(logits: Tensor) -> Tensor:
     """Return the greedy choice, ``[rows, vocabulary]`` to ``[rows]``; the first of equals.
 
     ``argmax`` and ``max`` with indices are not vectorised on a CPU. Without a native kernel the
     largest value is found first, then its place in the window that has it: several times as fast.
     """
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = native()
-        if kernels is not None and kernels.chooses(logits):
-            return kernels.greedy(logits)
+    if kernels := _kernels_for(logits):
+        return kernels.greedy(logits)
     width = logits.shape[1]
     if logits.device.type != "cpu" or width <= _WINDOW:
         return logits.max(-1).indices

@@ -8,13 +8,13 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from batchbench.batching.engines.torch import graphs
 from batchbench.batching.engines.torch.architecture import describe
 from batchbench.batching.engines.torch.attention import Layout, Prompts, SlotCache, aligned
 from batchbench.batching.engines.torch.base import TorchEngine
 from batchbench.batching.engines.torch.forward import Forward, make_forward
-from batchbench.batching.engines.torch.graphs import Capture, Compile, PreparedDecode
-from batchbench.batching.engines.torch.mixed import PreparedMixed, tiles_of
 from batchbench.batching.engines.torch.triton.choice import triton_attention
 from batchbench.batching.models.loading import LoadedModel
 from batchbench.batching.plan import Chunk, Plan
@@ -55,8 +55,9 @@ class SlotsEngine(TorchEngine):
         self._cache = SlotCache(config, slots, max_len, like, own, together=together)
         self._written = np.zeros(slots, np.int64)  # positions of each slot that are not zero
         self._positions_of_cache = torch.arange(max_len, device=model.device)
-        self._prepared: PreparedDecode | None = None
-        self._mixed: PreparedMixed | None = None
+        self._prepared: graphs.PreparedDecode | None = None
+        self._mixed: graphs.PreparedMixed | None = None
+        self._replaying: graphs.PreparedDecode | graphs.PreparedMixed | None = None
         self._most = max_len, most_tokens or slots * max_len
         self._sampling_changed()
 
@@ -64,15 +65,15 @@ class SlotsEngine(TorchEngine):
     def _sampling_changed(self) -> None:
         if self.execution == "eager":
             return
-        self._prepared = self._mixed = None
+        self._prepared = self._mixed = self._replaying = None
         max_len, most_tokens = self._most
-        graphs = self.execution == "graph"
-        prepare = Capture(self._device) if graphs else Compile(self._device)
-        args = (self._pass, self._cache, self._last, self._chooser)
-        if graphs and self._cache.attention is not None:
-            self._mixed = PreparedMixed(*args, prepare, most_tokens)
+        records = self.execution == "graph"
+        prepare = (graphs.Capture if records else graphs.Compile)(self._device)
+        args = (self._pass, self._cache, self._last, self._chooser, prepare)
+        if records and self._cache.attention is not None:
+            self._mixed = graphs.PreparedMixed(*args, most_tokens)
         # Compiling takes half a minute a size, so it is done for the full batch only.
-        self._prepared = PreparedDecode(*args, max_len, prepare, every_batch=graphs)
+        self._prepared = graphs.PreparedDecode(*args, max_len, every_batch=records)
 
     @property
     def _computed(self) -> int:
@@ -92,50 +93,44 @@ class SlotsEngine(TorchEngine):
         if self._cache.attention is not None:
             return
         for chunk in plan.chunks:
-            if chunk.start == 0 and chunk.stop < self._written[chunk.slot]:
-                self._cache.erase(chunk.slot, chunk.stop, int(self._written[chunk.slot]))
-                self._written[chunk.slot] = chunk.stop
-        for chunk in plan.chunks:
-            self._written[chunk.slot] = max(self._written[chunk.slot], chunk.stop)
+            written = int(self._written[chunk.slot])
+            if chunk.start == 0 and chunk.stop < written:
+                self._cache.erase(chunk.slot, chunk.stop, written)
+                written = 0
+            self._written[chunk.slot] = max(written, chunk.stop)
         ends = plan.advanced(plan.repeat - 1) + 1
         self._written[plan.slots] = np.maximum(self._written[plan.slots], ends)
 
     def _prepare(self, plan: Plan) -> None:
         self._erase_behind(plan)
-        self._replays_mixed = False
-        self._replayed = self._prepared is not None and not plan.chunks
-        if self._prepared is not None and self._replayed:
+        chunks, decoding = plan.chunks, len(plan.slots)
+        if self._prepared is not None and not chunks:
+            self._replaying = self._prepared
             self._prepared.aim(plan)
             return
-        chunks, decoding = plan.chunks, len(plan.slots)
         pieces = [self._workload.prompt(c.request.index)[c.start : c.stop] for c in chunks]
-        self._replays_mixed = self._mixed is not None and self._mixed.takes(plan)
-        if self._mixed is not None and self._replays_mixed:
-            self._mixed.aim(plan, np.concatenate(pieces))
+        prompt_ids = np.concatenate([np.zeros(0, np.int64), *pieces])
+        if self._mixed is not None and self._mixed.takes(decoding + len(prompt_ids)):
+            self._replaying = self._mixed
+            self._mixed.aim(plan, prompt_ids)
             return
+        self._replaying = None
         super()._prepare(plan)
-        self._prompt_ids = self._tensor(np.concatenate(pieces) if pieces else [])
-        lengths = np.array([len(piece) for piece in pieces], np.int64)
-        stops = decoding + np.cumsum(lengths)  # where each chunk ends in the pass
-        lasts = [stop - 1 for chunk, stop in zip(chunks, stops, strict=True) if chunk.yields]
-        self._keep = self._tensor([*range(decoding), *lasts]) if chunks else None
+        self._prompt_ids = self._tensor(prompt_ids)
+        counts, _, _, yields = graphs.pieces_of(plan)
+        ends = np.cumsum(counts)  # of the pieces in the pass
+        self._keep = self._tensor(ends[yields] - 1) if chunks else None
         self._growing = self._tensor(plan.growing)
-        self._layout = self._lay_out(plan, (stops - lengths).tolist())
+        self._layout = self._lay_out(plan, (ends - counts)[decoding:].tolist())
 
     def _lay_out(self, plan: Plan, firsts: Sequence[int]) -> Layout:
         """Assign each token of the pass to its request; ``firsts`` is where each chunk begins."""
         chunks, decoding = plan.chunks, len(plan.slots)
-        slots = [plan.slots, *(np.full(c.stop - c.start, c.slot) for c in chunks)]
-        positions = [plan.positions, *(np.arange(c.start, c.stop) for c in chunks)]
-        layout = Layout(
-            self._cache,
-            self._tensor(np.concatenate(slots)),
-            self._tensor(np.concatenate(positions)),
-            decoding,
-        )
+        slots, positions = map(self._tensor, graphs.places_of(plan))
+        layout = Layout(self._cache, slots, positions, decoding)
         if self._cache.attention is not None:
             if chunks:
-                tiles, layout.tile = tiles_of(plan)
+                tiles, layout.tile = graphs.tiles_of(plan)
                 layout.tiles = self._tensor(tiles)
             return layout
         if decoding:
@@ -148,30 +143,26 @@ class SlotsEngine(TorchEngine):
         return layout
 
     def _advance(self, plan: Plan, step: int) -> None:
-        if self._prepared is not None and self._replayed:
-            self._prepared.run(plan, step)
-        elif self._mixed is not None and self._replays_mixed:
-            self._mixed.run()
+        if self._replaying is not None:
+            self._replaying.run(plan, step)
         else:
             super()._advance(plan, step)
 
-    def _forward(self, plan: Plan, step: int) -> torch.Tensor:
-        layout, ids = self._layout, self._prompt_ids
+    def _forward(self, plan: Plan, step: int) -> Tensor:
+        layout, ids, keep = self._layout, self._prompt_ids, self._keep
         if layout.decoding:
             positions = layout.positions + self._growing if step else layout.positions
             length = aligned(int(plan.advanced(step).max()) + 1, self._device)
             layout = self._layout = replace(layout, positions=positions, length=length)
             decoded = self._last[layout.slots[: layout.decoding]]
             ids = torch.cat([decoded, ids]) if plan.chunks else decoded
-        logits = self._forward_pass(ids, layout, self._keep)
         slots, positions = layout.slots, layout.positions
-        if self._keep is not None and self._chooser.sampling is not None:
-            slots, positions = slots[self._keep], positions[self._keep]
+        if keep is not None and self._chooser.sampling is not None:
+            slots, positions = slots[keep], positions[keep]
+        logits = self._forward_pass(ids, layout, keep)
         return self._chooser(logits, slots, positions)
 
-    def _forward_pass(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _forward_pass(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         self._passes += 1
         return self._pass(ids, layout, keep)
 
@@ -189,7 +180,7 @@ class SlotsEngine(TorchEngine):
                 self._tensor(gather[valid]),
             )
 
-    def _mask_of(self, chunk: Chunk) -> torch.Tensor:
+    def _mask_of(self, chunk: Chunk) -> Tensor:
         """Return the mask of a later chunk of a prompt, which attends to all before it."""
         own = self._positions_of_cache[chunk.start : chunk.stop]
         return self._positions_of_cache[: chunk.stop] <= own[:, None]

@@ -11,11 +11,13 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.nn.functional import gelu
 
-from batchbench.batching.engines.torch.architecture import Matrix, Weights
-from batchbench.batching.engines.torch.attention import Layout, Rotation, attend_on_device
+from batchbench.batching.engines.torch.architecture import Matrix, Rotation, Weights
+from batchbench.batching.engines.torch.attention import Layout, attend_on_device
 from batchbench.batching.engines.torch.linear import padded_bytes, padded_rows
+from batchbench.batching.engines.torch.sampling import Choose
 from batchbench.batching.engines.torch.triton import ops
 
 
@@ -23,7 +25,7 @@ class TritonForward:
     """Norms, attention, SwiGLU and the choice of a token in Triton, products in cuBLAS."""
 
     triton = True
-    choose = staticmethod(ops.best_token)
+    choose: Choose = staticmethod(ops.best_token)
 
     def __init__(self, weights: Weights) -> None:
         self._weights, head = weights, weights.head
@@ -36,9 +38,7 @@ class TritonForward:
             self._head = head.new_zeros(padded_rows(len(head)), head.shape[1])
             self._head[: len(head)] = head
 
-    def __call__(
-        self, ids: torch.Tensor, layout: Layout, keep: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, ids: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
         weights, of = self._weights, self._weights.of
         first, last = weights.layers[0], weights.layers[-1]
         places = (layout.positions, weights.tokens, weights.positions)
@@ -57,7 +57,7 @@ class TritonForward:
             normed = ops.add_norm(x, out, layer.mlp_out.bias, norm_after, rows)
         return torch.mm(normed, self._head.t())[:, : len(weights.head)]
 
-    def _activated(self, x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+    def _activated(self, x: Tensor, layer: Matrix) -> Tensor:
         if self._weights.of.gated:
             return ops.swiglu(_product(x, layer))
         if self._fused_gelu and layer.bias is not None:
@@ -65,17 +65,14 @@ class TritonForward:
         return gelu(_product(x, layer), approximate="tanh")
 
 
-def _product(x: torch.Tensor, layer: Matrix) -> torch.Tensor:
+def _product(x: Tensor, layer: Matrix) -> Tensor:
     weight = layer.weight.t()
     return torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias, x, weight)
 
 
 @cache
 def product_has_gelu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return True if torch's product with GELU applies GPT-2's GELU, the tanh form.
-
-    cublasLt's does. Torch's for the CPU applies the exact form, which differs by up to 0.0005.
-    """
+    """Return True if torch's product with GELU applies the tanh form, as cublasLt's does."""
     x = torch.linspace(-4, 4, 512, device=device).to(dtype).reshape(-1, 8)
     one, none = torch.eye(8, device=device, dtype=dtype), x.new_zeros(8)
     try:

@@ -6,6 +6,7 @@ The kernels use the part of the language that Triton 3.4 to 3.9 share, and its i
 (``TRITON_INTERPRET=1``) runs them on a CPU.
 
 Numbers are loaded in the model's format, computed in float32, and rounded once when stored.
+Tensors that a model lacks are None, for which a kernel is compiled anew.
 """
 
 import triton
@@ -20,30 +21,26 @@ def decode_attention(
     k,  # [rows, kv_heads, size]
     v,
     cache,  # [2, slots, kv_heads, max_len, size]
-    slots,  # [rows]
-    positions,  # [rows]
     out,  # [rows, heads, size]
-    partial,  # [rows, heads, splits, size + 2] in float32
-    arrived,  # [rows, heads]; zeros before and after
-    angles,  # [positions, size]: cosines, then sines, of a head's halves; if ROTARY
-    q_norm,  # [size], the weight of the norm of each head of queries; if NORMED
+    angles,  # [positions, size]: cosines, then sines, of a head's halves; or None
+    q_norm,  # [size], the weight of the norm of each head of queries; or None
     k_norm,
     eps,
     q_row,
     kv_row,
-    kv_heads,
     max_len,
     values,  # the place of the first value in the cache
     scale,  # in powers of two
-    splits,
+    slots,  # [rows]
+    positions,  # [rows]
+    partial,  # [rows, heads, splits, size + 2] in float32
+    arrived,  # [rows, heads]; zeros before and after
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORMED: tl.constexpr,
 ):
     """Write the key and value of each row to the cache, and attend to its slot up to there.
 
@@ -58,14 +55,13 @@ def decode_attention(
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
     query = q + row * q_row + head * SIZE
-    query = _turned(query, position, angles, q_norm, eps, dim, real, SIZE, ROTARY, NORMED)
-    query = query.to(tl.float32) * scale
+    query = _turned(query, position, angles, q_norm, eps, dim, real, SIZE).to(tl.float32) * scale
     stop = tl.minimum(position, (split + 1) * SPLIT)
-    keys = cache + (tl.load(slots + row) * kv_heads + head // GROUP) * max_len * SIZE
+    keys = cache + (tl.load(slots + row) * (HEADS // GROUP) + head // GROUP) * max_len * SIZE
     highest, total, seen = _read(query, keys, values, split * SPLIT, stop, SIZE, WIDTH, KEYS)
     if split == used - 1:
         own = row * kv_row + (head // GROUP) * SIZE
-        key = _turned(k + own, position, angles, k_norm, eps, dim, real, SIZE, ROTARY, NORMED)
+        key = _turned(k + own, position, angles, k_norm, eps, dim, real, SIZE)
         value = tl.load(v + own + dim, mask=real, other=0.0)
         if head % GROUP == 0:
             tl.store(keys + position * SIZE + dim, key, mask=real)
@@ -73,34 +69,24 @@ def decode_attention(
         score = tl.sum(query * key.to(tl.float32), 0)
         highest, total, seen = _join(highest, total, seen, score, 1.0, value.to(tl.float32))
     nth = row * HEADS + head
-    result, parts = out + nth * SIZE, partial + nth * splits * (SIZE + 2)
+    result, parts = out + nth * SIZE, partial + nth * tl.num_programs(2) * (SIZE + 2)
     _hand_in(highest, total, seen, result, parts, arrived + nth, split, used, SIZE, WIDTH)
 
 
 @triton.jit
-def _turned(
-    head,  # where a head of queries or keys begins, or several, [tokens, 1]
-    position,  # its position, or theirs, [tokens, 1]
-    angles,
-    weight,
-    eps,
-    dim,
-    inside,
-    SIZE: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """Load heads of queries or keys, apply their norm, and rotate them by their positions.
+def _turned(head, position, angles, weight, eps, dim, inside, SIZE):
+    """Load a head of queries or keys, apply its norm, and rotate it by its position.
 
-    A number is rotated with the one that is half a head away.
+    A number is rotated with the one that is half a head away. ``head`` is the place of one head, or
+    of several, ``[tokens, 1]``, as is ``position``.
     """
     states = tl.load(head + dim, mask=inside, other=0.0)
-    if ROTARY:
+    if angles is not None:
         half = SIZE // 2
         across = (dim + half) % SIZE
         x = states.to(tl.float32)
         y = tl.load(head + across, mask=inside, other=0.0).to(tl.float32)
-        if NORMED:
+        if weight is not None:
             spread = tl.sqrt(tl.sum(x * x, axis=-1, keep_dims=True) / SIZE + eps)
             x = x / spread * tl.load(weight + dim, mask=dim < SIZE, other=0.0).to(tl.float32)
             y = y / spread * tl.load(weight + across, mask=dim < SIZE, other=0.0).to(tl.float32)
@@ -112,46 +98,13 @@ def _turned(
 
 
 @triton.jit
-def _hand_in(
-    highest,
-    total,
-    seen,
-    result,
-    parts,
-    arrived,
-    split,
-    used,
-    SIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Store the result of a head, or one part of it; the last part to come combines them all."""
-    dim = tl.arange(0, WIDTH)
-    real = dim < SIZE
-    if used == 1:
-        tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
-    else:
-        part = parts + split * (SIZE + 2)
-        tl.store(part + dim, seen, mask=real)
-        tl.store(part + SIZE, highest)
-        tl.store(part + SIZE + 1, total)
-        tl.debug_barrier()  # all threads have stored before one of them says so
-        if tl.atomic_add(arrived, 1) == used - 1:
-            _combine(parts, result, used, SIZE, WIDTH)
-            tl.store(arrived, 0)
-
-
-@triton.jit
-def _read(
-    query, keys, values, first, stop, SIZE: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr
-):
+def _read(query, keys, values, first, stop, SIZE, WIDTH, KEYS):
     """Attend to the cached positions ``first`` to ``stop``; return a running softmax.
 
     It is the highest score, the sum of weights and the weighted sum of values.
     """
     dim = tl.arange(0, WIDTH)
-    highest = -float("inf")
-    total = 0.0
-    seen = tl.zeros([WIDTH], dtype=tl.float32)
+    highest, total, seen = -float("inf"), 0.0, tl.zeros([WIDTH], dtype=tl.float32)
     for start in range(first, stop, KEYS):
         at = start + tl.arange(0, KEYS)
         place = at[:, None] * SIZE + dim[None, :]
@@ -176,13 +129,29 @@ def _join(highest, total, seen, highest_2, total_2, seen_2):
 
 
 @triton.jit
-def _combine(parts, result, used, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+def _hand_in(highest, total, seen, result, parts, arrived, split, used, SIZE, WIDTH):
+    """Store the result of a head, or one part of it; the last part to come combines them all."""
+    dim = tl.arange(0, WIDTH)
+    real = dim < SIZE
+    if used == 1:
+        tl.store(result + dim, (seen / total).to(result.dtype.element_ty), mask=real)
+    else:
+        part = parts + split * (SIZE + 2)
+        tl.store(part + dim, seen, mask=real)
+        tl.store(part + SIZE, highest)
+        tl.store(part + SIZE + 1, total)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(arrived, 1) == used - 1:
+            _combine(parts, result, used, SIZE, WIDTH)
+            tl.store(arrived, 0)
+
+
+@triton.jit
+def _combine(parts, result, used, SIZE, WIDTH):
     """Combine ``used`` parts of a head; ``.cg`` reads what other processors have just written."""
     dim = tl.arange(0, WIDTH)
     real = dim < SIZE
-    highest = -float("inf")
-    total = 0.0
-    seen = tl.zeros([WIDTH], dtype=tl.float32)
+    highest, total, seen = -float("inf"), 0.0, tl.zeros([WIDTH], dtype=tl.float32)
     for split in range(used):
         part = parts + split * (SIZE + 2)
         score = tl.load(part + SIZE, cache_modifier=".cg")
@@ -194,31 +163,28 @@ def _combine(parts, result, used, SIZE: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_attention(
-    q,  # [tokens, heads, size], the last two contiguous, as are those of k and v
-    k,  # [tokens, kv_heads, size]
+    q,  # [tokens, heads, size]; this and the next are as in decode_attention, up to scale
+    k,
     v,
-    cache,  # [2, slots, kv_heads, max_len, size]
-    tiles,  # [tiles, 5]: token, count, first token of its piece, slot, position of the piece
-    out,  # [tokens, heads, size]
-    angles,  # as in decode_attention, with the next three
+    cache,
+    out,
+    angles,
     q_norm,
     k_norm,
     eps,
     q_row,
     kv_row,
-    kv_heads,
     max_len,
-    values,  # the place of the first value in the cache
-    scale,  # in powers of two
+    values,
+    scale,
+    tiles,  # [tiles, 5]: token, count, first token of its piece, slot, position of the piece
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
+    TOKENS: tl.constexpr,
     DOT: tl.constexpr,  # the number format of products
-    ROTARY: tl.constexpr,
-    NORMED: tl.constexpr,
 ):
     """Write keys and values of a tile of tokens to the cache, and attend to all before each.
 
@@ -236,20 +202,19 @@ def tile_attention(
     at = token + tl.arange(0, TOKENS)
     mine = (at < token + count)[:, None] & (dim < SIZE)
     position = (start - piece + at)[:, None]
-    cached = cache + (tl.load(base + 3) * kv_heads + head // GROUP) * max_len * SIZE
+    keys = cache + (tl.load(base + 3) * (HEADS // GROUP) + head // GROUP) * max_len * SIZE
     k, v = k + (head // GROUP) * SIZE, v + (head // GROUP) * SIZE
     if head % GROUP == 0:
-        place = cached + position * SIZE + dim
+        place = keys + position * SIZE + dim
         key = k + at[:, None] * kv_row
-        key = _turned(key, position, angles, k_norm, eps, dim, mine, SIZE, ROTARY, NORMED)
-        tl.store(place, key, mask=mine)
+        tl.store(place, _turned(key, position, angles, k_norm, eps, dim, mine, SIZE), mask=mine)
         value = tl.load(v + at[:, None] * kv_row + dim, mask=mine, other=0.0)
         tl.store(place + values, value, mask=mine)
     query = q + at[:, None] * q_row + head * SIZE
-    query = _turned(query, position, angles, q_norm, eps, dim, mine, SIZE, ROTARY, NORMED).to(DOT)
+    query = _turned(query, position, angles, q_norm, eps, dim, mine, SIZE).to(DOT)
     seen = _attend(
-        query, cached, cached + values, k, v, kv_row, at, piece, token + count, start, scale,
-        angles, k_norm, eps, SIZE, KEYS, DOT, ROTARY, NORMED
+        query, keys, values, k, v, kv_row, at, piece, token + count, start, scale,
+        angles, k_norm, eps, SIZE, KEYS, DOT
     )  # fmt: skip
     result = out + (at[:, None] * HEADS + head) * SIZE + dim
     tl.store(result, seen.to(out.dtype.element_ty), mask=mine)
@@ -257,27 +222,14 @@ def tile_attention(
 
 @triton.jit
 def _attend(
-    query,  # [tokens, width]
-    keys,  # of the slot, from the cache
-    values,
-    k,  # of the pass
-    v,
-    kv_row,
-    at,  # [tokens]: their places in the pass
-    piece,
-    end,
-    start,  # the position of the piece
-    scale,
-    angles,
-    k_norm,
-    eps,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    DOT: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """Attend to positions before the piece, then to the piece itself, up to each token."""
+    query, keys, values, k, v, kv_row, at, piece, end, start, scale, angles, k_norm, eps, SIZE,
+    KEYS, DOT
+):  # fmt: skip
+    """Attend to positions before the piece, then to the piece itself, up to each token.
+
+    ``query`` is ``[tokens, width]``, of the tokens ``at`` in the pass. ``keys`` are of the slot in
+    the cache; ``k`` and ``v`` are of the pass. The piece begins at position ``start``.
+    """
     tokens: tl.constexpr = query.shape[0]
     highest = tl.full([tokens], -float("inf"), dtype=tl.float32)
     total = tl.zeros([tokens], dtype=tl.float32)
@@ -285,52 +237,38 @@ def _attend(
     last = tl.zeros([tokens], dtype=tl.int32) + start - 1
     for first in range(0, start, KEYS):
         score, value = _score(
-            query, keys, values, SIZE, first, start, last,
-            0, angles, k_norm, eps, SIZE, KEYS, False, False
-        )  # fmt: skip
+            query, keys, keys + values, SIZE, first, start, last, 0, None, None, eps, SIZE, KEYS
+        )
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
     # Loading four times as much ahead would take more shared memory than some GPUs have.
-    for first in tl.range(piece, end, KEYS, num_stages=1 if ROTARY else 3):
+    for first in tl.range(piece, end, KEYS, num_stages=3 if angles is None else 1):
+        before = start - piece
         score, value = _score(
-            query, k, v, kv_row, first, end, at,
-            start - piece, angles, k_norm, eps, SIZE, KEYS, ROTARY, NORMED
-        )  # fmt: skip
+            query, k, v, kv_row, first, end, at, before, angles, k_norm, eps, SIZE, KEYS
+        )
         highest, total, seen = _add_keys(score * scale, value, highest, total, seen, DOT)
     return seen / total[:, None]
 
 
 @triton.jit
-def _score(
-    query,  # [tokens, width]
-    keys,
-    values,
-    row,  # the distance of two keys
-    first,
-    stop,
-    last,  # [tokens]: the last key that each token sees
-    before,  # from a key to its position, if ROTARY
-    angles,
-    k_norm,
-    eps,
-    SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    ROTARY: tl.constexpr,
-    NORMED: tl.constexpr,
-):
-    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``."""
+def _score(query, keys, values, row, first, stop, last, before, angles, k_norm, eps, SIZE, KEYS):
+    """Return products, ``[tokens, keys]``, and values of the keys from ``first`` up to ``stop``.
+
+    Keys lie ``row`` apart, and ``before`` is added to their places to get positions. Each token
+    sees the keys up to ``last``, ``[tokens]``.
+    """
     dim = tl.arange(0, query.shape[1])[None, :]
     at = first + tl.arange(0, KEYS)
     place = at[:, None] * row
     inside = (at < stop)[:, None] & (dim < SIZE)
-    position = (before + at)[:, None]
-    key = _turned(keys + place, position, angles, k_norm, eps, dim, inside, SIZE, ROTARY, NORMED)
+    key = _turned(keys + place, (before + at)[:, None], angles, k_norm, eps, dim, inside, SIZE)
     score = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision="ieee")
     score = tl.where(at[None, :] <= last[:, None], score, -float("inf"))
     return score, tl.load(values + place + dim, mask=inside, other=0.0)
 
 
 @triton.jit
-def _add_keys(score, value, highest, total, seen, DOT: tl.constexpr):
+def _add_keys(score, value, highest, total, seen, DOT):
     """Add keys to the running softmax of each token of a tile."""
     higher = tl.maximum(highest, tl.max(score, 1))
     weight = tl.exp2(score - higher[:, None])
@@ -341,80 +279,47 @@ def _add_keys(score, value, highest, total, seen, DOT: tl.constexpr):
 
 
 @triton.jit
-def embed_norm(
-    ids,  # [rows]
-    positions,  # [rows]
-    tokens,  # [vocabulary, width]
-    places,  # [positions, width], if PLACES
-    weight,  # [width]
-    bias,  # [width], unless RMS
-    x,  # [rows, width], out
-    normed,  # [rows, width], out
-    eps,
-    PLACES: tl.constexpr,
-    RMS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add the embeddings of a token and, with ``PLACES``, its position; apply the first norm."""
-    row = tl.program_id(0)
-    at = tl.arange(0, BLOCK)
-    real = at < WIDTH
-    token = tl.load(ids + row).to(tl.int64)
-    value = tl.load(tokens + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    if PLACES:
-        place = tl.load(positions + row).to(tl.int64)
-        value += tl.load(places + place * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(x + row * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed + row * WIDTH, eps, RMS, WIDTH, BLOCK)
-
-
-@triton.jit
 def add_norm(
-    x,  # [tokens, width]; the sum is stored here unless GATHER
-    y,  # [tokens, width]
-    added,  # [width], the bias of the product that made y, if ADDED
-    weight,  # [width]
-    bias,  # [width], unless RMS
+    x,  # [any, width]
+    x_rows,  # [rows]: the row of x for each program; None for its own, as are those of y
+    y,  # [any, width]; None to add none
+    y_rows,
+    added,  # [width], the bias of the product that made y; None to add none
+    total,  # [rows, width], out, may be x; None to store no sum
+    weight,  # [width], of the norm
+    bias,  # [width]; None for a norm by the root mean square
     normed,  # [rows, width], out
-    rows,  # [rows]: the tokens to compute, if GATHER
     eps,
-    ADDED: tl.constexpr,
-    GATHER: tl.constexpr,
-    RMS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a product and its bias to the residual stream, and apply the next norm."""
-    row = tl.program_id(0)
+    """Add a product and its bias to the residual stream, or embeddings; apply the next norm."""
+    row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     real = at < WIDTH
-    token = row.to(tl.int64)
-    if GATHER:
-        token = tl.load(rows + row).to(tl.int64)
-    value = tl.load(x + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    value += tl.load(y + token * WIDTH + at, mask=real, other=0.0).to(tl.float32)
-    if ADDED:
+    value = tl.load(_row(x, x_rows, WIDTH) + at, mask=real, other=0.0).to(tl.float32)
+    if y is not None:
+        value += tl.load(_row(y, y_rows, WIDTH) + at, mask=real, other=0.0).to(tl.float32)
+    if added is not None:
         value += tl.load(added + at, mask=real, other=0.0).to(tl.float32)
-    if not GATHER:
-        tl.store(x + token * WIDTH + at, value.to(x.dtype.element_ty), mask=real)
-    _norm(value, weight, bias, normed + row.to(tl.int64) * WIDTH, eps, RMS, WIDTH, BLOCK)
-
-
-@triton.jit
-def _norm(
-    value, weight, bias, normed, eps, RMS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Store a layer norm, or with ``RMS`` one by the root mean square."""
-    at = tl.arange(0, BLOCK)
-    real = at < WIDTH
-    if not RMS:
+    if total is not None:
+        tl.store(total + row * WIDTH + at, value.to(total.dtype.element_ty), mask=real)
+    if bias is not None:
         value = tl.where(real, value - tl.sum(value, 0) / WIDTH, 0.0)
     spread = tl.sqrt(tl.sum(value * value, 0) / WIDTH + eps)
     result = value / spread * tl.load(weight + at, mask=real, other=0.0).to(tl.float32)
-    if not RMS:
+    if bias is not None:
         result += tl.load(bias + at, mask=real, other=0.0).to(tl.float32)
-    tl.store(normed + at, result.to(normed.dtype.element_ty), mask=real)
+    tl.store(normed + row * WIDTH + at, result.to(normed.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _row(x, rows, WIDTH):
+    """Return the place of the row of ``x`` that the program reads."""
+    row = tl.program_id(0).to(tl.int64)
+    if rows is not None:
+        row = tl.load(rows + row).to(tl.int64)
+    return x + row * WIDTH
 
 
 @triton.jit
@@ -460,36 +365,30 @@ def best_of_parts(
     logits,  # [rows, at least vocabulary]
     values,  # [rows, parts] in float32, out
     tokens,  # [rows, parts], out
-    keys,  # [rows, 2] in int32, read if DRAWS
-    least,  # [rows], the smallest logits that are kept, read if CUTS
+    keys,  # [rows, 2] in int32, of the noise; None to add none
+    least,  # [rows], the smallest logits that are kept; None to keep all
     temperature,
     stride,
     vocabulary,
     PART: tl.constexpr,
-    PARTS: tl.constexpr,
-    DRAWS: tl.constexpr,
-    CUTS: tl.constexpr,
 ):
-    """Find the largest logit of each part of a row, the first of equals; NaN is the largest.
-
-    With DRAWS, noise is added to the logits first.
-    """
-    row = tl.program_id(0)
-    part = tl.program_id(1)
+    """Find the largest logit of each part of a row, the first of equals; NaN is the largest."""
+    row, part = tl.program_id(0), tl.program_id(1)
     at = part * PART + tl.arange(0, PART)
     inside = at < vocabulary
     value = tl.load(logits + row * stride + at, mask=inside, other=-float("inf")).to(tl.float32)
     value = tl.where(value == value, value, float("inf"))
-    if CUTS:
+    if least is not None:
         value = tl.where(value >= tl.load(least + row), value, -float("inf"))
-    if DRAWS:
+    if keys is not None:
         one, two = tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
         value += temperature * _gumbel(at, one, two)
         value = tl.where(inside, value, -float("inf"))
     largest = tl.max(value, 0)
     token = tl.min(tl.where((value == largest) & inside, at, vocabulary), 0)
-    tl.store(values + row * PARTS + part, largest)
-    tl.store(tokens + row * PARTS + part, token.to(tl.int64))
+    place = row * tl.num_programs(1) + part
+    tl.store(values + place, largest)
+    tl.store(tokens + place, token.to(tl.int64))
 
 
 @triton.jit
