@@ -312,7 +312,7 @@ def test_unusual_names_work(name: str, tmp_path: Path) -> None:
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert b"Page:  " in out
-    process = program("report", f"./{name}", "--format", "html", cwd=tmp_path)
+    process = program("report", f"./{name}", "--format", "html", "--quiet", cwd=tmp_path)
     assert (process.communicate()[1], process.returncode) == (b"", 0)
     assert os.path.exists(tmp_path / name / "report.html")
 

@@ -132,9 +132,6 @@ def _spans(recording: Recording) -> Mapping[str, Any]:
 MOST_RESULTS = 24
 """Maximum number of results in one document, so that it stays readable and small."""
 
-PICTURES = ("timeline", "latency", "account")
-"""Pictures that Markdown refers to, in this order."""
-
 
 def check_number(folders: Sequence[Path]) -> None:
     """Raise UsageError if there are too many results for one document, or one is named twice."""
@@ -170,7 +167,7 @@ _RENDERERS: Mapping[str, Callable[[Sequence[Labelled]], str]] = {
 
 def _pictures(folder: Path, place: Path) -> dict[str, str]:
     """Return the pictures that exist in a result's folder, as paths relative to ``place``."""
-    files = [folder.absolute() / f"{name}.png" for name in PICTURES]
+    files = [folder.absolute() / f"{name}.png" for name in markdown.PICTURES]
     return {file.stem: _relative(file, place).as_posix() for file in files if file.exists()}
 
 

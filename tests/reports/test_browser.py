@@ -64,6 +64,23 @@ def test_the_page_is_whole_at_any_width_by_day_and_by_night(
     assert (sum(map(int, re.findall(r"\d+", ground))) < 200) is dark
 
 
+TOUCHING = """[...document.querySelectorAll(".ticks")].flatMap((axis) => {
+  const shown = [...axis.querySelectorAll("span:not(.crowded)")];
+  const boxes = shown.map((label) => label.getBoundingClientRect());
+  return boxes.slice(1).filter((box, n) => box.left < boxes[n].right + 4).map((box) => box.left);
+})"""
+"""Places of the labels of an axis that touch the one before."""
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_labels_of_an_axis_do_not_touch(
+    name: str, browser: Browser, pages: dict[str, Path]
+) -> None:
+    for width in (1400, 400):
+        browser.show(pages[name], width=width)
+        assert browser.ask(TOUCHING) == []
+
+
 def contrast(browser: Browser, chosen: str) -> float:
     """Contrast (WCAG) of an element's text with the page's ground."""
 

@@ -565,7 +565,7 @@ def test_our_result_is_not_compared_with_a_file_of_another_tool(program: Program
     assert program("simulate", "--output", "own", "--quiet").code == 0
     said = program("compare", "own", str(SAMPLES / "vllm-summary.json"))
     assert said.code == 2
-    assert "batchbench report own" in said.error
+    assert "side by side with batchbench report " in said.error
 
 
 def test_other_tools_files_are_read_without_torch() -> None:

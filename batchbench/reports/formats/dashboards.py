@@ -105,15 +105,15 @@ def render_github_benchmark(shown: Sequence[Labelled], *, bigger: bool) -> str:
         for measure in measures(result):
             if measure.higher_is_better is not bigger:
                 continue
-            entry: dict[str, Any] = {
+            entry = {
                 "name": f"{prefix}{measure.strategy}.{measure.metric}",
                 "unit": measure.unit,
-            }
-            entry["value"] = measure.value
-            if measure.spread is not None:
+                "value": measure.value,
                 # With its zeros: the action does not read a range of one digit.
-                entry["range"] = f"± {measure.spread:#.6g}"
-            entries.append({**entry, "extra": "\n".join(lines)})
+                "range": None if measure.spread is None else f"± {measure.spread:#.6g}",
+                "extra": "\n".join(lines),
+            }
+            entries.append({name: value for name, value in entry.items() if value is not None})
     return json_text(entries)
 
 

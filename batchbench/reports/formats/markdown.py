@@ -10,7 +10,7 @@ from batchbench.reports.formats import terminal
 from batchbench.reports.served import server_lines
 from batchbench.reports.side_by_side import HEAD, Labelled, SideBySide
 
-_TITLES = {
+PICTURES = {  # that a document refers to, in this order
     "timeline": "Requests in their slots, over time",
     "latency": "How long requests wait",
     "account": "Where the time went",
@@ -49,7 +49,7 @@ def _of_result(one: Labelled, pictures: Mapping[str, str], *, several: bool) -> 
     for line in filter(None, ("; ".join(notes), *terminal.prediction_lines(result))):
         yield f"{escape(line)}\n"
     for name, path in pictures.items():
-        yield f"![{_TITLES[name]}]({quote(path)})\n"
+        yield f"![{PICTURES[name]}]({quote(path)})\n"
     data, machine = result.data, result.data["environment"]
     packages = [f"{name} {version}" for name, version in machine.get("packages", {}).items()]
     software = ", ".join([f"batchbench {data['batchbench_version']}", *packages])

@@ -409,23 +409,18 @@ def time_budget_table(result: Result) -> Table:
         rows.append(row)
     columns = [head for name in budgets for head in ([name, "%"] if shares else [name])]
     head, title = ["Part", *columns, *["saved"] * saved], "Where the time went, in seconds"
-    table = make_table(title, head, rows, notes=_budget_notes(result))
+    notes, trials = [], len(result.recordings[result.names[0]])
+    if trials > 1:
+        notes.append("the trial of median duration" if trials % 2 else "mean of the middle trials")
+    warm_up = next((one["warm_up_s"] for one in explain["strategies"].values() if one), None)
+    if warm_up is not None:
+        notes.append(f"before all trials a warm-up of {fixed(warm_up, decimals_of(warm_up))} s")
+    if hidden := [name for name, budget in budgets.items() if budget is None]:
+        notes.append(f"{', '.join(hidden)} logs no steps")
+    table = make_table(title, head, rows, notes=notes)
     for row_above in table.rows[-2:-1]:
         row_above.end_section = True  # a line above the total
     return table
-
-
-def _budget_notes(result: Result) -> list[str]:
-    budgets = result.data["explain"]["strategies"]
-    trials = len(result.recordings[result.names[0]])
-    lines = []
-    if trials > 1:
-        lines.append("the trial of median duration" if trials % 2 else "mean of the middle trials")
-    warm_up = next((budget["warm_up_s"] for budget in budgets.values() if budget), None)
-    if warm_up is not None:
-        lines.append(f"before all trials a warm-up of {warm_up:.{decimals_of(warm_up)}f} s")
-    hidden = [name for name, budget in budgets.items() if budget is None]
-    return [*lines, f"{', '.join(hidden)} logs no steps"] if hidden else lines
 
 
 # Lines below the tables

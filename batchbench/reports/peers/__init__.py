@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from batchbench.json_file import MOST_BYTES, parse_json
 from batchbench.reports.peers import llmd, readers
 from batchbench.reports.peers.values import DamagedError, PeerFile
 
-READERS: Mapping[str, tuple[Callable[[Any], bool], Callable[[Any], PeerFile]]] = {
-    "vllm bench serve": (readers.is_of_vllm, readers.read_vllm),
-    "guidellm": (readers.is_of_guidellm, readers.read_guidellm),
-    "aiperf": (readers.is_of_aiperf, readers.read_aiperf),
-    "aiperf's records": (readers.are_records, readers.read_records),
-    "llm-d's benchmark report": (llmd.is_of_llmd, llmd.read_llmd),
-}
-"""By tool: a test of a file's content, and its reader."""
+READERS: Sequence[tuple[str, set[str], Callable[[Any], PeerFile]]] = (
+    ("vllm bench serve", {"model_id", "completed", "request_throughput"}, readers.read_vllm),
+    ("guidellm", {"benchmarks", "metadata"}, readers.read_guidellm),
+    ("aiperf", {"aiperf_version"}, readers.read_aiperf),
+    ("llm-d's benchmark report", {"version", "run"}, llmd.read_llmd),
+    ("llm-d's benchmark report", {"version", "metrics"}, llmd.read_llmd),
+)
+"""Tools, keys by which their files are recognized, and readers."""
 
 EXPECTED = (
     "give a result of batchbench, vllm bench serve (--save-result), guidellm (benchmarks.json) or "
@@ -41,13 +41,17 @@ def read_peer(file: Path) -> PeerFile | None:
     if not os.path.isfile(file):  # False too if the name is too long
         return None
     data = _parse(file, read_binary(file, str(file), MOST_BYTES))
-    if isinstance(data, dict) and ("batchbench_version" in data or "kind" in data):
+    keys = data.keys() if isinstance(data, dict) else set()
+    if "batchbench_version" in keys or "kind" in keys:
         return None
-    tool = next((name for name, (is_of, _) in READERS.items() if is_of(data)), None)
-    if tool is None:
+    found = [(tool, read) for tool, needed, read in READERS if needed <= keys]
+    if readers.are_records(data):
+        found = [("aiperf's records", readers.read_records)]
+    if not found:
         raise UsageError(f"{file}: is not a result of batchbench or a tool it knows; {EXPECTED}")
+    tool, read = found[0]
     try:
-        return READERS[tool][1](data)
+        return read(data)
     except DamagedError as error:
         raise UsageError(f"{file}: is not a complete result of {tool}: {error}") from error
 

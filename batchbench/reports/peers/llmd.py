@@ -60,10 +60,6 @@ _LENGTHS = {"input_length": "total_input_tokens", "output_length": "total_output
 _DURATION = re.compile(r"PT(?:(\d+)H)?(?:(\d+)M)?(?:([0-9.eE+-]+)S)?")
 
 
-def is_of_llmd(data: Any) -> bool:
-    return isinstance(data, dict) and "version" in data and ("run" in data or "metrics" in data)
-
-
 # Reading
 
 

@@ -34,10 +34,6 @@ _OF_VLLM = (
 """Metrics that have our names; the tool's names of latencies are ours too."""
 
 
-def is_of_vllm(data: Any) -> bool:
-    return isinstance(data, dict) and {"model_id", "completed", "request_throughput"} <= data.keys()
-
-
 def read_vllm(data: Any) -> PeerFile:
     given = {name: figure(data, name) for name in _OF_VLLM}
     completed = int(needed(given["completed"], "completed"))
@@ -101,10 +97,6 @@ _REQUESTS = {  # its "inter token latency" of a request is our TPOT
     "tpot": ("inter_token_latency_ms", 1.0),
     "e2el": ("request_latency", 1e3),
 }
-
-
-def is_of_guidellm(data: Any) -> bool:
-    return isinstance(data, dict) and "benchmarks" in data and "metadata" in data
 
 
 def read_guidellm(data: Any) -> PeerFile:
@@ -202,10 +194,6 @@ _OF_AIPERF = {
 _MS = {"ns": 1e-6, "us": 1e-3, "ms": 1.0, "sec": 1e3, "s": 1e3}
 
 
-def is_of_aiperf(data: Any) -> bool:
-    return isinstance(data, dict) and "aiperf_version" in data
-
-
 def read_aiperf(data: Any) -> PeerFile:
     schema = text(data, "schema_version") or ""
     if not schema.startswith(_AIPERF):
@@ -231,11 +219,11 @@ def read_aiperf(data: Any) -> PeerFile:
 
 
 def are_records(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and all(map(_is_record, data))
-
-
-def _is_record(data: Any) -> bool:
-    return isinstance(data, dict) and {"metadata", "metrics"} == data.keys() - {"error"}
+    keys = {"metadata", "metrics"}
+    records = data if isinstance(data, list) else []
+    return bool(records) and all(
+        isinstance(one, dict) and one.keys() - {"error"} == keys for one in records
+    )
 
 
 def read_records(records: list[Any]) -> PeerFile:

@@ -180,10 +180,6 @@ class Replay:
         window = int(self.end_ns * _RATE_OVER)
         return Frame(t_ns, self.end_ns, tuple(trial.at(t_ns, window) for trial in self.trials))
 
-    @cached_property
-    def longest_output(self) -> int:
-        return max(int(t.recording.requests.output_tokens.max()) for t in self.trials)
-
     @property
     def verdict(self) -> str:
         """The last line: ``continuous was 3.08× as fast as static``."""

@@ -103,7 +103,8 @@ def _panel(
     if layout.slots_per_cell:
         lines += _cells(state, layout.panel, layout.slots_per_cell, colour)
     else:
-        width, longest = layout.panel, replay.longest_output
+        width = layout.panel
+        longest = max(int(t.recording.requests.output_tokens.max()) for t in replay.trials)
         lines += [_slot(state, slot, width, longest, colour) for slot in range(trial.slots)]
     return lines + _chart(replay.end_ns, trial, state, layout, colour)
 

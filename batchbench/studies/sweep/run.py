@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -242,7 +243,7 @@ def run_cells(
     executor = executor or Executor(watch)
     store.tidy()
     possible = list({c.digest: c for c in grid.cells if c.experiment is not None}.values())
-    pending = {cell.digest: cell for cell in _by_model([c for c in possible if not store.holds(c)])}
+    pending = {cell.digest: cell for cell in _by_model(c for c in possible if not store.holds(c))}
     done = len(possible) - len(pending)
     numbers = {digest: number for number, digest in enumerate(pending, done + 1)}
     watch.cells_begin(len(possible), done)
@@ -295,12 +296,12 @@ def name_of(grid: CellsQuery, cell: Cell) -> str:
     return ", ".join(spell_option(name, cell.chosen[name]) for name in grid.varying)
 
 
-def _by_model(cells: Sequence[Cell]) -> list[Cell]:
-    def key(cell: Cell) -> object:
-        return _experiment(cell).model, _experiment(cell).workload.seed
-
-    order = {model: i for i, model in enumerate(dict.fromkeys(map(key, cells)))}
-    return sorted(cells, key=lambda cell: order[key(cell)])
+def _by_model(cells: Iterable[Cell]) -> Iterator[Cell]:
+    groups: dict[object, list[Cell]] = {}
+    for cell in cells:
+        experiment = _experiment(cell)
+        groups.setdefault((experiment.model, experiment.workload.seed), []).append(cell)
+    return itertools.chain.from_iterable(groups.values())
 
 
 def lines_of(grid: Grid) -> Iterator[str]:

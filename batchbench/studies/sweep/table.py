@@ -179,16 +179,12 @@ class Cells:
         if not len(values):
             return "", ""
         spell = times if metric in ("speedup", "wait_ratio") else number
-        text = span_of(spell(values.min()), spell(values.max()))
+        text = " to ".join(dict.fromkeys([spell(values.min()), spell(values.max())]))
         largest: Any = values.idxmax()
         row = self.typical.loc[largest]
         names = [name for name in self.varying if name != "strategies"]
         where = ", ".join(spell_option(name, row[name]) for name in names)
         return text, f", most at {where}" if where and " to " in text else ""
-
-
-def span_of(low: str, high: str) -> str:
-    return low if low == high else f"{low} to {high}"
 
 
 def _comparison(
