@@ -118,7 +118,7 @@ class RemoteBench(Bench):
             note=self._watch.note,
         )
         self._check_sampling(workload)
-        check_context(workload, context, "the server, as it was started,")
+        check_context(workload, context, "the server", ", or start it with a longer context")
         return workload
 
     def _check_sampling(self, workload: Workload) -> None:
