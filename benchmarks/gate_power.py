@@ -419,7 +419,7 @@ class Drawn:
         self._pairs, self._chance = pairs, random.Random(1)
         self.seconds = 0.0
 
-    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> tuple:
+    def pair(self, names: Sequence[str], known: object) -> tuple:
         from batchbench.studies.gate.processes import ProcessReport
 
         pair = self._chance.choice(self._pairs)

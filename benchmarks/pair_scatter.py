@@ -31,7 +31,7 @@ def scatter(pairs: int, of_one: int) -> None:
     with Workers(this_installation(), 1) as base, Workers(this_installation(), 1) as new:
         stage = ProcessPairs((base, new), experiment, [])
         for number in range(pairs):
-            pair, _ = stage.pair([STRATEGY], known, with_others=False)
+            pair, _ = stage.pair([STRATEGY], known)
             if number == 1:
                 known = calibrate(pair)
             values.append(pair.value(STRATEGY))

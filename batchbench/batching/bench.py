@@ -405,7 +405,7 @@ def make_batcher(
     )
 
 
-def check_context(workload: Workload, context: int | None, taker: str) -> None:
+def check_context(workload: Workload, context: int | None, taker: str, more: str = "") -> None:
     """Raise UsageError if a request is longer than the context of a model or a server."""
     total = workload.prompt_tokens + workload.output_tokens
     longest = int(total.argmax())
@@ -414,5 +414,5 @@ def check_context(workload: Workload, context: int | None, taker: str) -> None:
             f"request {longest}: {workload.prompt_tokens[longest]} prompt + "
             f"{workload.output_tokens[longest]} output tokens exceed the {context} that "
             f"{taker} takes; lower --long-tokens, --short-tokens or the length of prompts, "
-            "or give --overlong clip, scale or skip"
+            f"or give --overlong clip, scale or skip{more}"
         )

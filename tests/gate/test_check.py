@@ -34,10 +34,10 @@ from batchbench.studies.gate.check import (
     FIRST_LOOK,
     Baseline,
     Process,
+    compared_strategies,
     load_baseline,
     make_baseline,
     make_cut,
-    reference_strategies,
     run_check,
 )
 from batchbench.studies.gate.duet import Cut, TurnsWatch
@@ -305,14 +305,14 @@ def test_a_baseline_says_how_old_it_is_and_what_it_was_made_on(tmp_path: Path) -
 
 def test_the_references_are_the_first_strategy_and_the_notebook() -> None:
     of = Experiment.of
-    assert reference_strategies(of()) == ("continuous", ["static", "notebook/continuous"])
-    assert reference_strategies(of({"strategy": "continuous"})) == (
+    assert compared_strategies(of()) == ["continuous", "static", "notebook/continuous"]
+    assert compared_strategies(of({"strategy": "continuous"})) == [
         "continuous",
-        ["notebook/continuous"],
-    )
-    assert reference_strategies(of({"engine": "notebook"})) == ("continuous", ["static"])
+        "notebook/continuous",
+    ]
+    assert compared_strategies(of({"engine": "notebook"})) == ["continuous", "static"]
     with pytest.raises(UsageError, match="needs a reference in the same run"):
-        reference_strategies(of({"engine": "notebook", "strategy": "continuous"}))
+        compared_strategies(of({"engine": "notebook", "strategy": "continuous"}))
 
 
 @pytest.mark.parametrize("step_ms", [0.001, 1.0, 8.0, 50.0, 1000.0])

@@ -28,7 +28,14 @@ from batchbench.errors import UsageError
 from batchbench.reports.result import Result, output_digest
 from batchbench.reports.statistics import Verdict
 from batchbench.studies.gate.compare import Run, Runs, compare_versions, load_runs
-from batchbench.studies.gate.evidence import Answer, Evidence, Gate, Kind, compare_counts
+from batchbench.studies.gate.evidence import (
+    Answer,
+    Evidence,
+    Gate,
+    Kind,
+    MetricQuery,
+    compare_counts,
+)
 from batchbench.studies.gate.spec import METRICS, CompareSpec, parse_condition
 from batchbench.workloads import Request
 
@@ -540,9 +547,8 @@ def test_a_condition_is_read(text: str) -> None:
     strategy, metric, falls, share = GOOD[text]
     assert (read.strategy, read.metric.name, read.falls) == (strategy, metric, falls)
     assert read.share == pytest.approx(share)
-    assert math.expm1(-read.floor if falls else read.floor) == pytest.approx(
-        -share if falls else share
-    )
+    floor = MetricQuery(read.metric, "static", read.share, True, read).log_floor
+    assert math.expm1(-floor if falls else floor) == pytest.approx(-share if falls else share)
 
 
 BAD = {

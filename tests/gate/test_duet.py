@@ -86,7 +86,7 @@ class MadeUp:
     def restart(self) -> None:
         self.afresh_at.append(self.count)
 
-    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> Any:
+    def pair(self, names: Sequence[str], known: object) -> Any:
         pair = self._pair(self.count)
         self.count += 1
         self.seconds += pair.seconds
@@ -97,7 +97,7 @@ class MadeUp:
                 "model": {"device": "cpu", "dtype": "float32"},
                 "workload": {"closed": True, "total_output_tokens": 100},
                 "environment": environment,
-                "also": {"static": dict(work)} if with_others else {},
+                "also": {} if known else {"static": dict(work)},
             }
             for work in self._works
         ]
@@ -212,7 +212,7 @@ def test_two_processes_that_may_share_a_gpu_open_one_after_the_other(forks: bool
     """Both would find its memory free, and each would slow the other's calibration."""
     log: list[str] = []
     sides: Any = (Player("base", log, forks=True), Player("new", log, forks=forks))
-    ProcessPairs(sides, Experiment(), []).pair(["continuous"], None, with_others=False)
+    ProcessPairs(sides, Experiment(), []).pair(["continuous"], None)
     apart = ["base opens", "base is open", "new opens", "new is open"]
     together = ["base opens", "new opens", "base is open", "new is open"]
     assert log == (together if forks else apart)
@@ -288,11 +288,11 @@ class RunsOut(MadeUp):
         super().__init__(pair, (WORK, WORK))
         self._finished, self._waited_s = finished, waited_s
 
-    def pair(self, names: Sequence[str], known: object, *, with_others: bool) -> Any:
+    def pair(self, names: Sequence[str], known: object) -> Any:
         if self.count >= self._finished:
             self.seconds += self._waited_s
             raise OutOfTimeError("new had not answered for a while", self._waited_s)
-        return super().pair(names, known, with_others=with_others)
+        return super().pair(names, known)
 
 
 def cut_off_at(
@@ -580,7 +580,7 @@ def gate_of(base: Path, experiment: Experiment, *, pairs: int) -> Gate:
     with Workers(sides[0], 1) as base_workers, Workers(sides[1], 1) as new_workers:
         stage = ProcessPairs((base_workers, new_workers), experiment, ["static"])
         for _ in range(pairs):
-            run.add(*stage.pair(run.strategies, run.calibrations, with_others=not run.calibrations))
+            run.add(*stage.pair(run.strategies, run.calibrations))
     return gate_on(DuetResult(run))
 
 
@@ -758,7 +758,7 @@ def test_a_revision_is_installed_as_committed(
         capture_output=True,
         encoding="utf-8",
         check=True,
-        env=Installation("base", Path(sys.executable), own=True, folder=folder).environment(None),
+        env=Installation("base", Path(sys.executable), own=True, folder=folder).environment(1),
     )
     assert done.stdout.strip() == "1"
     assert len(commit) == 40

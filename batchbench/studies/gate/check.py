@@ -91,21 +91,13 @@ Between two sessions of one machine, half an hour apart, the ratio to the notebo
 
 @dataclass(frozen=True)
 class Process:
-    """Measurements of one fresh process.
+    """Measurements of one fresh process; mappings are by strategy."""
 
-    Attributes:
-        ratios: log of the candidate's time over that of each reference strategy.
-        step_ns: median time of a step, by strategy.
-        passes: steps of a trial, by strategy.
-        busy: share of the turns in which other processes had the core.
-        seconds: time from its start to its end.
-    """
-
-    ratios: Mapping[str, float]
-    step_ns: Mapping[str, float]
-    passes: Mapping[str, int]
-    busy: float
-    seconds: float
+    ratios: Mapping[str, float]  # log of the candidate's time over that of each reference
+    step_ns: Mapping[str, float]  # median
+    passes: Mapping[str, int]  # steps of a trial
+    busy: float  # share of the turns in which other processes had the core
+    seconds: float  # from its start to its end
 
     @property
     def speedups(self) -> str:
@@ -206,8 +198,8 @@ def make_cut(strategies: Mapping[str, Mapping[str, Any]]) -> duet.Cut:
     return replace(cut, cycles=max(cycles, math.ceil(FEWEST_TURNS / cut.pieces)))
 
 
-def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
-    """Return the candidate, which is the last strategy, and its references.
+def compared_strategies(experiment: Experiment) -> list[str]:
+    """Return the candidate, which is the last strategy, and then its references.
 
     The references are the first strategy, and the candidate's strategy on the notebook engine.
 
@@ -215,32 +207,26 @@ def reference_strategies(experiment: Experiment) -> tuple[str, list[str]]:
         UsageError: no strategy can take turns, or there is no reference.
     """
     ours = taking_turns(experiment)
-    candidate = ours[-1]
-    references = [ours[0]] if ours[0] != candidate else []
+    names = list(dict.fromkeys([ours[-1], ours[0]]))
     if experiment.serving.engine != "notebook":
-        references.append(f"notebook/{candidate}")
-    if not references:
+        names.append(f"notebook/{ours[-1]}")
+    if len(names) == 1:
         raise UsageError(
             "--engine notebook: a baseline needs a reference in the same run; name two strategies, "
             "such as --strategy static,continuous"
         )
-    return candidate, references
+    return names
 
 
 @dataclass
 class Session:
-    """Fresh processes that serve an experiment, one after another.
-
-    Attributes:
-        cut: the cut of every process; None to let the first choose one.
-        cut_off: set if the time was up during a process, which then does not count.
-    """
+    """Fresh processes that serve an experiment, one after another."""
 
     experiment: Experiment
-    cut: duet.Cut | None = None
+    cut: duet.Cut | None = None  # of every process; None to let the first choose one
     processes: list[Process] = field(default_factory=list)
     reports: list[ProcessReport] = field(default_factory=list)
-    cut_off: OutOfTimeError | None = None
+    cut_off: OutOfTimeError | None = None  # the time was up in a process, which does not count
 
     def measure(
         self, watch: duet.TurnsWatch, of: str = "", until: float = math.inf
@@ -276,8 +262,7 @@ def measure_process(
     """
     began = time.monotonic()
     experiment, known = session.experiment, None
-    candidate, references = reference_strategies(experiment)
-    names = [candidate, *references]
+    names = compared_strategies(experiment)
     others = [name for name in experiment.serving.policies if name not in names]
     if len(session.processes) > 1:
         others, first = [], session.processes[0]
@@ -332,7 +317,6 @@ def make_baseline(
         raise UsageError(f"{varied}: a baseline needs the same work in every process")
     report, cut = session.reports[0], session.cut
     assert cut is not None
-    candidate, references = reference_strategies(experiment)
     return Baseline(
         {
             **envelope(SCHEMA_VERSION, command),
@@ -342,7 +326,7 @@ def make_baseline(
             **{name: report.opened[name] for name in ("environment", "model", "workload")},
             "work": dict(report.work),
             "cut": asdict(cut),
-            "lanes": [candidate, *references],
+            "lanes": compared_strategies(experiment),
             "processes": [asdict(process) for process in session.processes],
         }
     )

@@ -188,7 +188,7 @@ def check_comparable(base: Runs, new: Runs) -> None:
 
 _KINDS = {
     "peer": "is of another tool, and {other} of batchbench; show them side by side with "
-    "batchbench report {one} {other}",
+    "batchbench report {base} {new}",
     "simulated": "is a simulation, and {other} was measured; compare two simulations or two "
     "measurements",
     "server": "was measured on a server, and {other} on our own engine; compare two results with "
@@ -201,9 +201,9 @@ def _check_same_question(base: Run, new: Run) -> None:
     then, now = base.data, new.data
     for key, reason in _KINDS.items():
         if bool(then.get(key)) != bool(now.get(key)):
-            first, second = (base, new) if then.get(key) else (new, base)
-            reason = reason.format(one=first.label, other=second.label)
-            raise UsageError(f"{first.label}: {reason}")
+            one, other = (base, new) if then.get(key) else (new, base)
+            reason = reason.format(other=other.label, base=base.label, new=new.label)
+            raise UsageError(f"{one.label}: {reason}")
     of_peer = base.of_peer
     if not of_peer and then["workload"]["digest"] != now["workload"]["digest"]:
         raise UsageError(

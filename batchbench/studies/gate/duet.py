@@ -193,12 +193,11 @@ class ProcessPairs:
     chance: random.Random = field(default_factory=random.Random)
 
     def pair(
-        self, strategies: Sequence[str], calibrations: SideCalibrations, *, with_others: bool
+        self, strategies: Sequence[str], calibrations: SideCalibrations
     ) -> tuple[Pair, Reports]:
         """Return one more pair of processes that served the strategies in turns.
 
-        Args:
-            with_others: count the work of the other strategies as well.
+        Without calibrations it counts the work of the other strategies as well.
 
         Raises:
             OutOfTimeError: the time was up before the pair was finished.
@@ -214,7 +213,7 @@ class ProcessPairs:
         together = all(begun["forks"] for begun in hello)
         opened = []
         for workers, known in zip(self.sides, calibrations or (None, None), strict=True):
-            also = self.also if with_others else []
+            also = [] if calibrations else self.also
             workers.tell_open(self.experiment, strategies, known, also, core)
             if not together:
                 opened.append(workers.answer())
@@ -382,9 +381,8 @@ def _run_pairs(
     while True:
         what = f"{'confirming, ' * series.confirming}pair {len(series.pairs) + 1}"
         watch.begins(what)
-        known = series.calibrations
         try:
-            series.add(*source.pair(series.strategies, known, with_others=not known))
+            series.add(*source.pair(series.strategies, series.calibrations))
         except OutOfTimeError as late:
             series.cut_off = late
             if series.pairs:

@@ -113,10 +113,8 @@ class MetricQuery:
     @property
     def log_floor(self) -> float:
         """Return the floor as a log ratio, above 0."""
-        if self.condition:
-            return self.condition.floor
-        higher = self.metric.higher_is_better
-        return -math.log1p(-self.floor) if higher else math.log1p(self.floor)
+        falls = self.condition.falls if self.condition else self.metric.higher_is_better
+        return -math.log1p(-self.floor) if falls else math.log1p(self.floor)
 
     def change(self, log: float) -> float:
         """Return the change of the metric for a log ratio that is above 0 if new is slower."""

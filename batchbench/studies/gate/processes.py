@@ -53,11 +53,10 @@ class Installation:
     own: bool = False  # it is the interpreter of this program, and keeps its PYTHONPATH
     folder: Path | None = None  # whose batchbench comes before any other
 
-    def environment(self, threads: int | None) -> dict[str, str]:
+    def environment(self, threads: int) -> dict[str, str]:
         """Return environment variables, equal on both sides except for the place of batchbench."""
-        variables = {**os.environ, "PYTHONHASHSEED": "0"}
-        if threads is not None:
-            variables |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        of_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        variables = {**os.environ, **of_threads, "PYTHONHASHSEED": "0"}
         for name in ("PYTHONHOME", "PYTHONSTARTUP", *(() if self.own else ("PYTHONPATH",))):
             variables.pop(name, None)
         if self.folder is not None:
@@ -118,9 +117,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
         until: the time, on ``time.monotonic``, at which waiting for answers ends.
     """
 
-    def __init__(
-        self, installation: Installation, threads: int | None, until: float = math.inf
-    ) -> None:
+    def __init__(self, installation: Installation, threads: int, until: float = math.inf) -> None:
         self.installation, self._threads, self._until = installation, threads, until
         self._running: _Running | None = None
         self._left = 0
@@ -226,7 +223,7 @@ class Workers(contextlib.AbstractContextManager["Workers"]):
 class _Running:
     """A process of the operating system and its pipes; ``lines`` is its output, "" at the end."""
 
-    def __init__(self, installation: Installation, threads: int | None) -> None:
+    def __init__(self, installation: Installation, threads: int) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by end
         try:
             # -P: a checkout in the current folder must not come before the installed package.

@@ -65,33 +65,29 @@ class Rows:
     below: Sequence[str]
 
 
-def tables(gate: Gate, *, verbose: bool = False) -> list[Rows]:
-    """Return the rows for each kind of evidence; ``verbose`` includes unchanged metrics."""
+def tables(gate: Gate, *, verbose: bool = False) -> Iterator[Rows]:
+    """Yield the rows of each kind of evidence; ``verbose`` includes unchanged metrics."""
     verbose = verbose or not gate.of(Kind.WORK)  # another tool's files hold times only
-    rows = [_rows(kind, gate.of(kind), verbose=verbose) for kind in Kind]
-    return [part for part in rows if part.evidence or part.below]
-
-
-def _rows(kind: Kind, evidence: Sequence[Evidence], *, verbose: bool) -> Rows:
-    few = kind is not Kind.WORK and len(evidence) == 1
-    chosen = [item for item in evidence if verbose or few or _matters(item)]
-    ranked = sorted(
-        chosen, key=lambda item: (not item.fails, not item.is_undecided, not item.gated)
-    )
-    shown, rest = ranked[:MOST_ROWS], len(evidence) - len(chosen)
-    below = _reasons(shown)
-    if len(ranked) > MOST_ROWS:
-        below.insert(0, f"{plural(len(ranked) - MOST_ROWS, 'more row')} in the JSON (--json).")
-    if kind is not Kind.WORK and any(item.smallest is not None for item in shown):
-        below.append(_DETECTABLE)
-    if rest and kind is Kind.WORK:
-        which = f"{rest} other" if shown else "The only" if rest == 1 else f"All {rest}"
-        what = "counts and outputs are" if rest > 1 else "count is"
-        below.append(f"{which} {what} the same.")
-    elif rest:
-        others = plural(rest, "other metric" if shown else "metric")
-        below.append(f"No change was shown for {others}; --verbose lists all.")
-    return Rows(kind, shown, below)
+    for kind in Kind:
+        evidence, counted = gate.of(kind), kind is Kind.WORK
+        alone = not counted and len(evidence) == 1
+        chosen = [item for item in evidence if verbose or alone or _matters(item)]
+        chosen.sort(key=lambda item: (not item.fails, not item.is_undecided, not item.gated))
+        shown, rest = chosen[:MOST_ROWS], len(evidence) - len(chosen)
+        below = _reasons(shown)
+        if len(chosen) > MOST_ROWS:
+            below.insert(0, f"{plural(len(chosen) - MOST_ROWS, 'more row')} in the JSON (--json).")
+        if not counted and any(item.smallest is not None for item in shown):
+            below.append(_DETECTABLE)
+        if rest and counted:
+            which = f"{rest} other" if shown else "The only" if rest == 1 else f"All {rest}"
+            what = "counts and outputs are" if rest > 1 else "count is"
+            below.append(f"{which} {what} the same.")
+        elif rest:
+            others = plural(rest, "other metric" if shown else "metric")
+            below.append(f"No change was shown for {others}; --verbose lists all.")
+        if shown or below:
+            yield Rows(kind, shown, below)
 
 
 def _matters(evidence: Evidence) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +74,6 @@ class Condition:
     def is_loss(self) -> bool:
         """Return False if the change is an improvement, which users may also ask to hear of."""
         return self.falls == self.metric.higher_is_better
-
-    @property
-    def floor(self) -> float:
-        return -math.log1p(-self.share) if self.falls else math.log1p(self.share)
 
 
 def parse_condition(text: str) -> Condition:
