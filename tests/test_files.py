@@ -214,7 +214,7 @@ def test_two_default_folders_of_one_second_are_two(
         "simulate --queue-size 8 --overwrite",
         "sweep --simulated --queue-size 8",
         "capacity --simulated --slo ttft:50 --queue-size 100",
-        "report one two --format markdown",
+        "report one two --format markdown --quiet",
         "workload save",
         "baseline save",
         "trend one",

@@ -91,7 +91,7 @@ class Serving:
             return self._collect()
         launched = self._engine.run(self._shortened(plan, most))
         finished = self._looked_back()
-        self._recorder.launched(plan, launched, self._scheduler.num_waiting)
+        self._recorder.launched(plan, launched, len(self._scheduler.waiting))
         finished += self._applied(plan, launched)
         all_done = self._progress.done + len(finished) == len(self._workload)
         if finished and (self._arrivals.closed_loop or all_done):
@@ -137,7 +137,7 @@ class Serving:
         self._progress.idle(began, until)
         self._watch.idles(self._progress)
         self._clock.wait_until(until)
-        self._recorder.waited(began, until, self._clock.now(), self._scheduler.num_waiting)
+        self._recorder.waited(began, until, self._clock.now(), len(self._scheduler.waiting))
 
     def _shortened(self, plan: Plan, most: int | None) -> Plan:
         """Limit the plan to ``most`` passes, and to about ``_CALL_NS`` of time."""

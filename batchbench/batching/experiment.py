@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,10 @@ EXECUTIONS = ("auto", "eager", "graph", "compile")
 PREFILLS = ("auto", "separate", "mixed")
 
 
+_serving = partial(setting, panel="Serving")
+_measuring = partial(setting, panel="Measuring")
+
+
 def budget_of(slots: int) -> int:
     """Return the default token budget of a mixed pass."""
     return max(2048, 2 * slots)
@@ -41,61 +46,52 @@ def budget_of(slots: int) -> int:
 class ServingSpec:
     """Settings of the scheduler and the engine."""
 
-    batch_size: int = setting(
-        8, "Number of slots: requests computed together.", "Serving", min=1, max=2**20
-    )
-    strategy: str = setting(
+    batch_size: int = _serving(8, "Number of slots: requests computed together.", min=1, max=2**20)
+    strategy: str = _serving(
         "static,continuous",
         "Strategies to compare, baseline first. static: batches of the waiting requests; "
         "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
         "static-oracle: sorted by output length as if known, the best case of static batching; "
         "continuous; generate_batch: continuous batching of transformers; help: list all, also "
         "those of installed plug-ins; or your own class as package.module:Policy.",
-        "Serving",
         metavar="NAMES",
     )
-    max_wait: float = setting(
+    max_wait: float = _serving(
         0.0,
         "Milliseconds that a static batch waits to fill up, counted from the arrival of its oldest "
         "request.",
-        "Serving",
         min=0.0,
         max=1e9,
         unit="milliseconds",
     )
-    order: str = setting(
+    order: str = _serving(
         "fifo",
         "Order of the queue, for strategies that do not sort it themselves.",
-        "Serving",
         choices=tuple(ORDERS),
     )
-    engine: str = setting(
+    engine: str = _serving(
         "slots",
         "Engine that runs the model. slots: one preallocated KV cache; notebook: left padding, KV "
         "cache rebuilt whenever the batch changes.",
-        "Serving",
         choices=("slots", "notebook"),
     )
-    prefill: str = setting(
+    prefill: str = _serving(
         "auto",
         "Prefill of new requests. mixed: in the same pass as running requests (chunked prefill; "
         "slots engine only); separate: in a pass of its own; auto: mixed if the engine can.",
-        "Serving",
         choices=PREFILLS,
     )
-    max_batched_tokens: int | None = setting(
+    max_batched_tokens: int | None = _serving(
         None,
         "Maximum number of tokens per pass with mixed prefill.",
-        "Serving",
         min=2,
         max=10**9,
         default_text="2048, or twice the batch size if that is more",
     )
-    execution: str = setting(
+    execution: str = _serving(
         "auto",
         "Execution of decode passes. eager: operation by operation; graph: replayed CUDA graphs; "
         "compile: torch.compile; auto: graph on CUDA, else eager.",
-        "Serving",
         choices=EXECUTIONS,
     )
 
@@ -152,24 +148,18 @@ class ServingSpec:
 class TrialsSpec:
     """Settings of the measurement."""
 
-    trials: int = setting(
-        4,
-        "Number of trials of each strategy; the order alternates.",
-        "Measuring",
-        min=1,
-        max=10_000,
+    trials: int = _measuring(
+        4, "Number of trials of each strategy; the order alternates.", min=1, max=10_000
     )
-    verify: str = setting(
+    verify: str = _measuring(
         "all",
         "Requests whose tokens are checked against unbatched generation: all, none or a number.",
-        "Measuring",
         metavar="all|N|none",
     )
-    max_time: float | None = setting(
+    max_time: float | None = _measuring(
         None,
         "Time limit of the trials in seconds. A trial pair that would end later is not started; "
         "a pair that exceeds the limit by over a tenth is dropped.",
-        "Measuring",
         min=0.001,
         max=1e9,
         unit="seconds",

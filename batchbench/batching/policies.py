@@ -198,5 +198,7 @@ def spell_error(error: BaseException) -> str:
     """Return an error of code that is not ours: its type, its message, and its line of code."""
     text = f"{type(error).__name__}: {reason_in_short(error) or 'no reason given'}"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = last.filename.startswith("<") or Path(last.filename).parent == Path(__file__).parent
-    return text if ours else f"{text} ({Path(last.filename).name}, line {last.lineno})"
+    file, ours = Path(last.filename), Path(__file__).parent
+    if last.filename.startswith("<") or file.is_relative_to(ours):  # Python's or ours
+        return text
+    return f"{text} ({file.name}, line {last.lineno})"

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,6 @@ class GrowthLog:
 
     def of(self, spans: Ints) -> GrowthLog:
         return GrowthLog(self.beyond_ps[spans], self.rest_ps[spans], self.growth_ps[spans])
-
-    @property
-    def is_none(self) -> NDArray[np.bool_]:
-        """Return True for each span whose steps take the same whole number of nanoseconds."""
-        none: NDArray[np.bool_] = (self.rest_ps == 0) & (self.growth_ps == 0)
-        return none
 
     def after(self, steps: Ints) -> Ints:
         """Return the picoseconds by which so many steps exceed ``steps × step_ns``, ``[spans]``."""
@@ -166,9 +159,9 @@ class Recording:
     spans: SpanLog
     chunks: ChunkLog
     waits: WaitLog
-    ends_ns: Ints | None
-    step_ns: Ints | None
-    tokens: NDArray[np.int32] | None
+    ends_ns: Ints | None = None
+    step_ns: Ints | None = None
+    tokens: NDArray[np.int32] | None = None
     growth: GrowthLog | None = None
     token_ends_ns: Ints | None = None
     begun_ns: Ints | None = None
@@ -261,8 +254,9 @@ class Recording:
         chosen = np.arange(len(self.spans.steps)) if spans is None else spans
         chosen = chosen[self.spans.steps[chosen] > skip]
         equal = self.spans.steps[chosen] == 1
-        if self.ends_ns is None:
-            equal |= True if self.growth is None else self.growth.of(chosen).is_none
+        if self.ends_ns is None:  # they take the same whole number of nanoseconds
+            growth = None if self.growth is None else self.growth.of(chosen)
+            equal |= growth is None or (growth.rest_ps == 0) & (growth.growth_ps == 0)
         alike = chosen[equal]
         first = self.first_steps[alike] + skip
         ns = self.ends_of(first, alike) - self.starts_of(first)
@@ -352,9 +346,8 @@ class Recording:
         began, or at which it was sent to a server, and ``due_ns`` its actual arrival, if that is
         not the workload's. Times are nanoseconds since the start of the trial.
         """
-        counts = np.array([len(of_request) for of_request in ends_ns], np.int64)
-        known = counts.tolist() if tokens is None else [len(of_request) for of_request in tokens]
-        if not counts.all() or known != counts.tolist():
+        counts = np.array([*map(len, ends_ns)], np.int64)
+        if not counts.all() or (tokens and [*map(len, tokens)] != counts.tolist()):
             raise ValueError("each request needs at least one token, and a time for each")
         unknown, none = np.full(len(workload), -1, np.int64), np.zeros(0, np.int64)
         requests = RequestLog(
@@ -366,15 +359,11 @@ class Recording:
         return cls(
             header,
             requests,
-            SpanLog(none, none, none, none, none),
-            ChunkLog(none, none, none),
-            WaitLog(none, none, none, none, none),
-            ends_ns=None,
-            step_ns=None,
-            tokens=None
-            if tokens is None
-            else np.fromiter(chain.from_iterable(tokens), np.int32, counts.sum()),
-            token_ends_ns=np.fromiter(chain.from_iterable(ends_ns), np.int64, counts.sum()),
+            SpanLog(*[none] * 5),
+            ChunkLog(*[none] * 3),
+            WaitLog(*[none] * 5),
+            tokens=np.concatenate(tokens).astype(np.int32) if tokens else None,
+            token_ends_ns=np.concatenate(ends_ns).astype(np.int64),
             begun_ns=np.asarray(begun_ns, np.int64),
         )
 

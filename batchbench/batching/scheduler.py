@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import heapq
+import sys
 from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -136,10 +137,6 @@ class Scheduler:
         arrivals = self.arrivals
         return arrivals.next_due is not None or (arrivals.more and self.running > 0)
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self.waiting)
-
     # The two halves of a step
 
     def plan(self, now: int) -> Plan | Wait | None:
@@ -154,18 +151,18 @@ class Scheduler:
         # Also without a free slot: the log counts waiting requests, and a policy may react.
         times = [t for t in (ask_again, self.arrivals.next_due) if t is not None]
         until = min(times, default=None)
-        if chunks and not self._mixed:
-            none = np.zeros(0, np.int64)
-            return self._planned(chunks, none, none, none, until=until)
         if not chunks and not self._running:
             return self._idle(until)
-        rows = self._rows_now()
+        stall = chunks and not self._mixed
+        rows = np.zeros(0, np.int64) if stall else self._rows_now()
         growing = self._growing[rows]
         positions = self._offset[rows] + growing * self._decodes
         repeat = 1
         if self._lengths_known and not chunks:
             repeat = self._ends[0][0] - self._decodes
-        return self._planned(chunks, rows, positions, growing, repeat, until)
+        released, self._released = tuple(self._released), []
+        admitted, self._admitted = tuple(self._admitted), []
+        return Plan(chunks, rows, positions, growing, released, repeat, until, admitted)
 
     def apply(
         self, plan: Plan, launched: int, stopped: Collection[int] = ()
@@ -225,19 +222,6 @@ class Scheduler:
             self._released.extend(released)
             self._rows = None
 
-    def _planned(
-        self,
-        chunks: tuple[Chunk, ...],
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        growing: NDArray[np.int64],
-        repeat: int = 1,
-        until: int | None = None,
-    ) -> Plan:
-        released, self._released = tuple(self._released), []
-        admitted, self._admitted = tuple(self._admitted), []
-        return Plan(chunks, slots, positions, growing, released, repeat, until, admitted)
-
     def _admit(self) -> int | None:
         try:
             chosen, ask_again = self._policy.admit(self)
@@ -267,11 +251,9 @@ class Scheduler:
         return ask_again
 
     def _chunks(self) -> tuple[Chunk, ...]:
-        if not self._mixed:
-            return tuple(
-                Chunk(n.request, n.slot, n.done, n.request.prompt_tokens) for n in self._newcomers
-            )
-        budget = self._max_batched_tokens - len(self._rows_now())
+        budget = sys.maxsize  # of tokens
+        if self._mixed:
+            budget = self._max_batched_tokens - len(self._rows_now())
         chunks: list[Chunk] = []
         for newcomer in self._newcomers:  # those beyond the budget stall in their slots
             size = min(budget, newcomer.request.prompt_tokens - newcomer.done)

@@ -275,11 +275,6 @@ def test_spans_that_do_not_go_on_alike_stay_apart(change: dict[str, Any]) -> Non
         assert len(join_spans(swapped).spans.steps) == 2
 
 
-def test_spans_of_equal_steps_are_those_whose_cost_has_no_rest_and_does_not_grow() -> None:
-    beyond, rest, growth = np.array([0, 0, 0, 5]), np.array([0, 1, 0, 0]), np.array([0, 0, 1, 0])
-    assert GrowthLog(beyond, rest, growth).is_none.tolist() == [True, False, False, True]
-
-
 def test_equal_steps_of_another_cost_stay_apart() -> None:
     log = [Span(2, 1000), Span(3, 2000), Span(1, 2000)]
     assert join_spans(recording_of(log, "whole")).spans.steps.tolist() == [2, 4]

@@ -11,9 +11,9 @@ import difflib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,39 @@ from batchbench.files import reason_of
 from batchbench.json_file import read_json
 from batchbench.settings import setting
 
-_PANEL, DEVICES = "Model", "auto, cuda, cuda:N, mps or cpu"
+DEVICES = "auto, cuda, cuda:N, mps or cpu"
+
+_model = partial(setting, panel="Model")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """The model, its number format and its device."""
 
-    model: str = setting(
+    model: str = _model(
         "openai-community/gpt2",
         "Model id on the hub, a local folder or a GGUF file; gpt2, distilgpt2, gpt2-medium, "
         "gpt2-large and gpt2-xl need no network (see --load-format); toy-gpt2 is small, with "
         "random weights.",
-        _PANEL,
         metavar="MODEL",
     )
-    load_format: str = setting(
+    load_format: str = _model(
         "auto",
         "Weights to load: pretrained; dummy (right shapes, seeded random values); or auto: from "
         "the local cache, else the hub, else dummy for the five known names.",
-        _PANEL,
         choices=("auto", "pretrained", "dummy"),
     )
-    revision: str | None = setting(
-        None, "Branch, tag or commit of the model on the hub.", _PANEL, metavar="REV"
+    revision: str | None = _model(
+        None, "Branch, tag or commit of the model on the hub.", metavar="REV"
     )
-    dtype: str = setting(
+    dtype: str = _model(
         "auto",
         "Number format of weights and KV cache. auto: bfloat16 (or float16) on CUDA, else float32.",
-        _PANEL,
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = setting("auto", f"Device to run on: {DEVICES}.", _PANEL, metavar="DEVICE")
-    threads: int | None = setting(
-        None, "Number of CPU threads.", _PANEL, min=1, max=4096, default_text="one per core"
+    device: str = _model("auto", f"Device to run on: {DEVICES}.", metavar="DEVICE")
+    threads: int | None = _model(
+        None, "Number of CPU threads.", min=1, max=4096, default_text="one per core"
     )
 
     def __post_init__(self) -> None:
@@ -140,19 +139,12 @@ class Source:
         return tuple(token for token in tokens if token is not None)
 
 
-@contextmanager
-def _named(model: str) -> Iterator[None]:
-    """Let the errors of a model begin with its option."""
-    try:
-        yield
-    except UsageError as error:
-        raise UsageError(f"--model {model}: {error}") from error
-
-
 def find_model(spec: ModelSpec, *, weights: bool = True) -> Source:
     """Decide where the model comes from; without ``weights`` only its configuration is needed."""
-    with _named(spec.model):
+    try:
         return _find(spec, weights and spec.load_format != "dummy")
+    except UsageError as error:
+        raise UsageError(f"--model {spec.model}: {error}") from error
 
 
 def _find(spec: ModelSpec, trained: bool) -> Source:
@@ -302,12 +294,6 @@ _COUNTS = re.compile(r"(n|num)_\w*(layer|head|expert|block|group|stage|codebook)
 MOST_SIZE, MOST_COUNT = 2**31 - 1, 10_000
 """Largest size and count. The largest known model has 126 layers, 160 experts and 10 million
 positions."""
-
-
-def read_config(model: str, folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's ``config.json``; raise UsageError if it cannot describe a model."""
-    with _named(model):
-        return _config_of(folder)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from batchbench.batching.models import (
     find_model,
     find_tokenizer,
 )
-from batchbench.batching.models.source import read_config
 from batchbench.batching.progress import Watch
 from batchbench.batching.recording import Recording
 from batchbench.batching.remote.clients import Clients, Start
@@ -300,7 +299,7 @@ class RemoteBench(Bench):
         from batchbench.batching.engines.torch.reference import TeacherForced
 
         # The model has the number format of its files, as it does on most servers.
-        config = read_config(str(folder), folder)
+        config = find_model(ModelSpec(str(folder)), weights=False).config
         dtype = config.get("dtype") or config.get("torch_dtype")
         spec = ModelSpec(str(folder), "pretrained", dtype=dtype if dtype in _DTYPES else "auto")
         source = self._models.find(spec, weights=True)
@@ -391,13 +390,9 @@ def _folder_of(target: TargetSpec) -> Path | None:
 
 
 def _vocabulary_of(folder: Path | None) -> int:
-    if folder is not None and folder.is_file():
-        return find_model(ModelSpec(str(folder)), weights=False).vocab_size
-    if folder is None or not (folder / "config.json").is_file():
+    if folder is None or not (folder.is_file() or (folder / "config.json").is_file()):
         return SAFE_VOCABULARY
-    config = read_config(str(folder), folder)
-    size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return size if type(size) is int and size > 0 else SAFE_VOCABULARY
+    return find_model(ModelSpec(str(folder)), weights=False).vocab_size
 
 
 # Checks against the model

@@ -92,7 +92,7 @@ class PlugIn:
     def make(self, context: Context) -> Strategy:
         """Import the factory and call it; raise UsageError if it returns no strategy."""
         try:
-            strategy: Any = pkgutil.resolve_name(self.target)(context)
+            strategy: Strategy = pkgutil.resolve_name(self.target)(context)
         except (BatchbenchError, KeyboardInterrupt, MemoryError):
             raise
         except BaseException as error:  # the code of others may raise anything
@@ -102,8 +102,7 @@ class PlugIn:
         if not callable(getattr(strategy, "serve", None)):
             kind = type(strategy).__name__
             raise self.fault(f"made a {kind}", "a strategy has a method serve(workload, watch)")
-        made: Strategy = strategy
-        return made
+        return strategy
 
     def fault(self, what: str, error: BaseException | str) -> UsageError:
         """Return the error to raise, which names the package."""
@@ -113,7 +112,6 @@ class PlugIn:
 
 
 _US = "batchbench"
-
 _VLLM = "batchbench.batching.strategies.vllm:make"
 
 OURS: Mapping[str, PlugIn] = {

@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 from xml.etree import ElementTree
@@ -56,17 +55,13 @@ MOST_ROWS = 30
 _NO_PASS = "This is not a pass: a loss may exist."
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of one kind of evidence, failures first, and lines below them."""
+def tables(
+    gate: Gate, *, verbose: bool = False
+) -> Iterator[tuple[Kind, Sequence[Evidence], Sequence[str]]]:
+    """Yield each kind of evidence with its rows, failures first, and with lines below them.
 
-    kind: Kind
-    evidence: Sequence[Evidence]
-    below: Sequence[str]
-
-
-def tables(gate: Gate, *, verbose: bool = False) -> Iterator[Rows]:
-    """Yield the rows of each kind of evidence; ``verbose`` includes unchanged metrics."""
+    ``verbose`` includes unchanged metrics.
+    """
     verbose = verbose or not gate.of(Kind.WORK)  # another tool's files hold times only
     for kind in Kind:
         evidence, counted = gate.of(kind), kind is Kind.WORK
@@ -87,7 +82,7 @@ def tables(gate: Gate, *, verbose: bool = False) -> Iterator[Rows]:
             others = plural(rest, "other metric" if shown else "metric")
             below.append(f"No change was shown for {others}; --verbose lists all.")
         if shown or below:
-            yield Rows(kind, shown, below)
+            yield kind, shown, below
 
 
 def _matters(evidence: Evidence) -> bool:
@@ -184,12 +179,11 @@ def render_terminal(gate: Gate, *, strict: bool = False, verbose: bool = False) 
     for role, text in _sides(gate):
         identity.add_row(Text(role, style="bold"), Text(text, overflow="fold"))
     parts += [identity, Text()]
-    for title, rows in _differing(gate):
-        parts += [make_table(title, _DIFFERING, rows, left=3), Text()]
-    for part in tables(gate, verbose=verbose):
-        title = TITLES[part.kind]
-        parts.append(_table(title, part) if part.evidence else Text(title, style="bold"))
-        parts += [*map(Text, part.below), Text()]
+    for title, differing in _differing(gate):
+        parts += [make_table(title, _DIFFERING, differing, left=3), Text()]
+    for kind, rows, below in tables(gate, verbose=verbose):
+        parts.append(_table(kind, rows) if rows else Text(TITLES[kind], style="bold"))
+        parts += [*map(Text, below), Text()]
     if not gate.evidence:
         parts += [Text("Nothing was compared."), Text()]
     return Group(*parts, *(Text(line, style="dim") for line in _last_lines(gate)))
@@ -206,15 +200,15 @@ def _answer(gate: Gate, *, strict: bool) -> RenderableType:
     return Panel(text, box=box.HEAVY, style=style, padding=(0, 1))
 
 
-def _table(title: str, rows: Rows) -> Table:
+def _table(kind: Kind, rows: Sequence[Evidence]) -> Table:
     """Return a table in which two cells share a column, so that it fits into 60 characters."""
-    limits = any(one.smallest is not None or one.needed for one in rows.evidence)
+    limits = any(one.smallest is not None or one.needed for one in rows)
     head = ["Count\nor output", "Base", "New", "Change", "Verdict"]
-    if rows.kind is not Kind.WORK:
+    if kind is not Kind.WORK:
         head = ["Metric", "Base\nnew", "Change\n95 % CI", "Verdict"]
         head += ["Detectable\nneeded"] * limits
-    grid = make_table(title, head, [])
-    for evidence in rows.evidence:
+    grid = make_table(TITLES[kind], head, [])
+    for evidence in rows:
         style = ""
         if evidence.fails:
             style = "bold red"
@@ -222,7 +216,7 @@ def _table(title: str, rows: Rows) -> Table:
             style = "bold yellow" if evidence.gated else "yellow"
         elif evidence.verdict is Verdict.FASTER:
             style = "green"
-        if rows.kind is Kind.WORK:
+        if kind is Kind.WORK:
             *row, verdict, gate = cells(evidence)
             grid.add_row(*map(Text, row), Text(f"{verdict}\n{gate}", style=style))
             continue
@@ -256,17 +250,17 @@ def _lines(gate: Gate, *, strict: bool, verbose: bool) -> Iterator[str]:
         yield from (">", f"> {_NO_PASS} {code}")
     yield ""
     yield from table(["Side", "Version"], _sides(gate), left=2)
-    for title, rows in _differing(gate):
+    for title, differing in _differing(gate):
         yield from (f"**{title}**", "")
-        yield from table(_DIFFERING, rows, left=3)
-    for part in tables(gate, verbose=verbose):
-        yield from (f"**{TITLES[part.kind]}**", "")
-        if part.evidence:
-            heads = _COUNTED if part.kind is Kind.WORK else _MEASURED
-            columns = list(zip(heads, *map(cells, part.evidence), strict=True))
+        yield from table(_DIFFERING, differing, left=3)
+    for kind, rows, below in tables(gate, verbose=verbose):
+        yield from (f"**{TITLES[kind]}**", "")
+        if rows:
+            heads = _COUNTED if kind is Kind.WORK else _MEASURED
+            columns = list(zip(heads, *map(cells, rows), strict=True))
             head, *body = zip(*(column for column in columns if any(column[1:])), strict=True)
             yield from table(head, body, left=1)
-        for line in part.below:
+        for line in below:
             yield from (escape(line), "")
     if not gate.evidence:
         yield from ("Nothing was compared.", "")

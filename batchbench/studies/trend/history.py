@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -150,10 +151,8 @@ class Entry:
         """The short commit, or the time if the commit is not known."""
         if self.commit is None:
             return f"{self.created:%Y-%m-%d %H:%M}"
-        clean = self.commit.removesuffix("+")
         # git describe gives a tag or a hash; only a hash is cut to its usual length.
-        is_hash = len(clean) > 8 and all(c in "0123456789abcdef" for c in clean)
-        return (clean[:8] if is_hash else clean) + "+" * self.commit.endswith("+")
+        return re.sub(r"^([0-9a-f]{8})[0-9a-f]+(\+?)$", r"\1\2", self.commit)
 
 
 @dataclass(frozen=True, eq=False)
