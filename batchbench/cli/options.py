@@ -249,10 +249,7 @@ def _homes(
 def _signed(
     call: Function, parameters: Sequence[inspect.Parameter], fields: Sequence[Field]
 ) -> Function:
-    """Set the signature from which Typer makes the options.
-
-    The attribute ``fields`` holds the fields from which the options were derived.
-    """
+    """Set the signature from which Typer makes the options, and remember their fields."""
     every = [inspect.Parameter("context", _KEYWORD, annotation=typer.Context), *parameters]
     if len(fields) > LONG_HELP:
         option = typer.Option(
@@ -472,8 +469,7 @@ def _brief(param: Any) -> Any:
 def typed_command(keep: Collection[str] = ()) -> str:
     """Return the command line as it was typed, without secrets and options about the output.
 
-    Args:
-        keep: options about the output that are not left out, by field name.
+    ``keep`` has fields of the output whose options stay.
     """
     command, words, own = _TYPED.get()
     left, rest = command.split(), iter(words)

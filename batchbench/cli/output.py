@@ -48,7 +48,7 @@ _LOOK_ALIKES = dict(
 
 
 def prepare() -> None:
-    """Replace the standard streams by :class:`_Output` and :class:`_Messages`."""
+    """Replace the standard streams by ours."""
     register()
     _fill_closed()
     sys.stdout = _wrapped(_Output, sys.stdout, 1)

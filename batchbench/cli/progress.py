@@ -275,10 +275,7 @@ class LiveDisplay(PlainDisplay):
 
 
 def make_display(*, quiet: bool, **known: Any) -> PlainDisplay:
-    """Return the display for the kind of standard error, silent if ``quiet``.
-
-    ``known`` are arguments of :class:`PlainDisplay`.
-    """
+    """Return the :class:`PlainDisplay` for the kind of standard error, silent if ``quiet``."""
     console = Console(stderr=True, quiet=quiet)
     live = sys.stderr.isatty() and not console.is_dumb_terminal and not quiet
     return (LiveDisplay if live else PlainDisplay)(console, **known)

@@ -288,10 +288,7 @@ KIND = ("batchbench", *(name for name in _FACTS if name not in ("device", "threa
 
 
 def here(*, timed: bool) -> dict[str, Any]:
-    """Return the comparable facts of this machine.
-
-    With ``timed`` they include the first GPU that this process may use, or ``none``.
-    """
+    """Return the comparable facts of this machine, with ``timed`` those of its first GPU too."""
     facts = facts_of(environment(), {}, batchbench=__version__)
     if timed:
         import torch
@@ -349,11 +346,9 @@ class Worker:
         self.facts: Mapping[str, Any] = here(timed=timed)
 
     def about(self) -> Mapping[str, Any]:
-        """Return the facts of the machine."""
         return self.facts
 
     def run(self, job: Job) -> Ended:
-        """Run a job."""
         node, began = str(self.facts["hostname"]), time.monotonic()
         outcome: Done | Failed | Exception
         try:
