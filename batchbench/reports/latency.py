@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.occupancy import prompt_tokens_of_spans
+from batchbench.reports.result_data import LengthClass, StallData
 from batchbench.reports.statistics import Distribution, Floats, step_distribution
 from batchbench.reports.text import plural
 
@@ -118,7 +119,7 @@ def gaps_of(recording: Recording) -> Iterator[Gaps]:
 # Stalls
 
 
-def stalls(recordings: Sequence[Recording]) -> list[dict[str, Any]]:
+def stalls(recordings: Sequence[Recording]) -> list[StallData]:
     """Return the longest gaps of at least 1.5 times the median gap, longest first.
 
     Each names the step that took most of it and the work of that step. A strategy without steps
@@ -159,7 +160,7 @@ def _longest(recording: Recording) -> list[_Gap]:
     return sorted(gaps.values(), key=lambda gap: (-gap.ns, gap.from_step))[:MOST_STALLS]
 
 
-def _stall(trial: int, recording: Recording, gap: _Gap) -> dict[str, Any]:
+def _stall(trial: int, recording: Recording, gap: _Gap) -> StallData:
     steps = np.arange(gap.from_step + 1, gap.to_step + 1)
     spent = recording.ends_of(steps) - recording.starts_of(steps)
     longest = int(spent.argmax())
@@ -292,7 +293,7 @@ def median_step_ms(recording: Recording) -> float:
 
 def by_length(
     recordings: Sequence[Recording], classes: Sequence[tuple[int, int]]
-) -> list[dict[str, Any]]:
+) -> list[LengthClass]:
     """Return the latencies of each class of requests, pooled over all trials."""
     lengths = np.concatenate([r.requests.output_tokens for r in recordings])
     metrics = {"queue_ms": queue_ms, "ttft_ms": ttft_ms, "e2el_ms": e2el_ms, "slowdown": slowdown}
@@ -305,5 +306,5 @@ def by_length(
         for name in metrics:
             pooled = _known(values[name][members])
             row |= {f"mean_{name}": pooled.mean(), f"p99_{name}": pooled.percentile(99)}
-        rows.append(row)
+        rows.append(cast("LengthClass", row))
     return rows

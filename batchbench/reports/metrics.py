@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.step_cost import Reading
 from batchbench.reports.latency import Latencies, within
 from batchbench.reports.occupancy import SlotKinds, prompt_tokens_of_spans
-from batchbench.reports.result_file import Counters, Summary
+from batchbench.reports.result_data import Counters, DecodeStep, Summary
 from batchbench.reports.statistics import Distribution
 from batchbench.reports.time_budget import arrival_lag_ms, arrival_rate
 
@@ -88,7 +88,7 @@ def full_kv_tokens(recording: Recording) -> float | None:
     return float(np.median(kv_tokens_read(recording)[rows == rows.max()]))
 
 
-def decode_floor(recordings: Sequence[Recording]) -> dict[str, Any] | None:
+def decode_floor(recordings: Sequence[Recording]) -> DecodeStep | None:
     """Return the decode steps with the most rows beside the time that memory bandwidth allows.
 
     The floor is (weights + KV read) / bandwidth, as measured before the trial; its share of the
@@ -108,9 +108,15 @@ def decode_floor(recordings: Sequence[Recording]) -> dict[str, Any] | None:
             found.append((steps.full_rows, steps.full_ms, floor_ms, share, read, speed))
     if not found:
         return None
-    names = ("took_ms", "floor_ms", "floor_share", "read_bytes", "bytes_per_s")
-    _, *medians = np.median(found, axis=0).tolist()
-    return {"rows": found[0][0], **dict(zip(names, medians, strict=True))}
+    _, took, floor, share, read, speed = np.median(found, axis=0).tolist()
+    return {
+        "rows": found[0][0],
+        "took_ms": took,
+        "floor_ms": floor,
+        "floor_share": share,
+        "read_bytes": read,
+        "bytes_per_s": speed,
+    }
 
 
 def kv_tokens_read(recording: Recording) -> Ints:
@@ -163,7 +169,10 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
     rates = [rate for r in recordings if (rate := arrival_rate(r)) is not None]
     lags = [lag for r in recordings if (lag := arrival_lag_ms(r)) is not None]
     late = Distribution.of(np.concatenate([np.zeros(0), *lags]))
-    figures: Summary = {
+    latencies: dict[str, float | None] = {}
+    for name, values in vars(Latencies.of(*recordings)).items():
+        latencies |= statistics_of(name, values)
+    return {
         "duration": duration,
         "completed": completed,
         "total_input_tokens": inputs,
@@ -176,10 +185,7 @@ def summary(recordings: Sequence[Recording], limits_ms: Mapping[str, float] = NO
         "floor_share": floor and floor["floor_share"],
         "request_goodput": int(good.sum()) / len(recordings) / duration if limits_ms else None,
         "slo_attainment": float(good.mean()) if limits_ms else None,
-    }
-    for name, values in vars(Latencies.of(*recordings)).items():
-        figures |= statistics_of(name, values)
-    return figures | {
+        **cast("Summary", latencies),  # the part of it that has the latencies
         "arrival_rate": float(np.median(rates)) if rates else None,
         "mean_arrival_lag_ms": late.mean(),
         "p99_arrival_lag_ms": late.percentile(99),

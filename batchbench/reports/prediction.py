@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from batchbench.batching.step_cost import KnownCost, StepCost
 from batchbench.errors import UsageError
 from batchbench.reports.latency import ttft_ms
 from batchbench.reports.occupancy import prompt_tokens_of_spans
+from batchbench.reports.result_data import FitQuality, PredictedStrategy, Prediction
 from batchbench.reports.statistics import Floats
 from batchbench.reports.text import percent, span
 from batchbench.reports.time_budget import between_steps
@@ -215,7 +215,7 @@ def spent_of(cost: StepCost, counts: Ints) -> Floats:
     return spent
 
 
-def quality_of(work: StepSample) -> dict[str, Any]:
+def quality_of(work: StepSample) -> FitQuality:
     """Predict each fifth of the trials by a fit on the others and on the smaller batches."""
     predicted = np.empty(len(work.spent_ns))
     for fold in range(FOLDS):
@@ -236,11 +236,11 @@ def quality_of(work: StepSample) -> dict[str, Any]:
     }
 
 
-def is_weak(fit: Mapping[str, Any]) -> bool:
+def is_weak(fit: FitQuality) -> bool:
     return fit["r2"] is not None and fit["r2"] < WEAK_R2 and fit["median_error"] > WEAK_ERROR
 
 
-def describe_fit(fit: Mapping[str, Any], source: str) -> str:
+def describe_fit(fit: FitQuality, source: str) -> str:
     """Return the quality of a fit in a sentence; ``source`` names the steps, such as ``static``."""
     head = f"Step-cost fit on {fit['steps']:,} {source} steps (cross-validated)"
     errors = f"median error {percent(fit['median_error'], 1)} per step"
@@ -253,7 +253,7 @@ def describe_fit(fit: Mapping[str, Any], source: str) -> str:
 
 def known_cost(
     source: str, recordings: Iterable[Recording], small: SmallBatches = ()
-) -> tuple[KnownCost, dict[str, Any]]:
+) -> tuple[KnownCost, FitQuality]:
     """Return the cost of a step in these trials, and the quality of the fit.
 
     Raises:
@@ -307,7 +307,7 @@ def _rows(low: int, high: int) -> str:
 # Predictions
 
 
-def predict_outcome(outcome: Outcome) -> dict[str, Any] | None:
+def predict_outcome(outcome: Outcome) -> Prediction | None:
     """Predict every strategy from the first strategy's trials, for ``result.json``.
 
     None for a simulation, for texts that end early, and for too few measured steps.
@@ -344,7 +344,9 @@ def predict(known: KnownCost, serving: ServingSpec, workload: Workload) -> list[
     ]
 
 
-def _beside(known: KnownCost, simulated: Recording, trials: Sequence[Recording]) -> dict[str, Any]:
+def _beside(
+    known: KnownCost, simulated: Recording, trials: Sequence[Recording]
+) -> PredictedStrategy:
     duration = simulated.duration_ns / 1e9
     measured = float(np.median([trial.duration_ns for trial in trials])) / 1e9
     return {

@@ -24,13 +24,15 @@ from batchbench.json_file import json_text, now
 from batchbench.reports import metrics
 from batchbench.reports.latency import by_length, length_classes, stalls
 from batchbench.reports.prediction import beyond, predict_outcome, small_batches_of
-from batchbench.reports.result_file import (
+from batchbench.reports.result_data import (
+    ComparisonData,
     Facts,
     ResultData,
-    file_of,
-    load_data,
-    mismatches,
+    StrategyData,
+    WorkloadFacts,
+    metric,
 )
+from batchbench.reports.result_file import file_of, load_data, mismatches
 from batchbench.reports.served import doubts, served_facts, server_words, step_ratio, typical_passes
 from batchbench.reports.slo import NO_GOALS, GoalsSpec
 from batchbench.reports.statistics import Ratio, paired_ratio
@@ -95,22 +97,19 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
     """Return the result of an experiment that has just run, judged by ``goals``."""
     experiment, texts, cost = outcome.experiment, outcome.texts, outcome.experiment.cost
     trials = [trial for trials in outcome.recordings.values() for trial in trials]
-    checked = asdict(outcome.verification)
-    facts = {
+    checked: Any = {"passed": outcome.verification.passed, **asdict(outcome.verification)}
+    checked["findings"] = list(checked["findings"])
+    facts: Facts = {
         "created_at": now(),
         "command": " ".join([experiment.command(), *settings.words_of(goals, NO_GOALS)]),
         "simulated": experiment.simulated,
-        "config": {**experiment.config(), "goals": settings.as_json(goals)},
-        "environment": dict(outcome.environment),
-        "model": dict(outcome.model),
-        "warm_up": asdict(outcome.warm_up),
+        "config": cast(Any, {**experiment.config(), "goals": settings.as_json(goals)}),
+        "environment": cast(Any, outcome.environment),
+        "model": cast(Any, outcome.model),
+        "warm_up": cast(Any, asdict(outcome.warm_up)),
         "small_batches": small_batches_of(outcome.small_batches),
         "workload": workload_facts(outcome.workload),
-        "verification": {
-            "passed": outcome.verification.passed,
-            **checked,
-            "findings": list(checked["findings"]),
-        },
+        "verification": checked,
         "stopped": None if outcome.stopped is None else str(outcome.stopped),
         "outputs": None
         if texts is None
@@ -118,11 +117,11 @@ def make_result(outcome: Outcome, goals: GoalsSpec = NO_GOALS) -> Result:
             {"request": i, "prompt": prompt, "output": output}
             for i, (prompt, output) in enumerate(texts)
         ],
-        "cost": cost and {**cost.as_dict(), "extrapolates": beyond(cost, trials)},
+        "cost": {**cost.as_dict(), "extrapolates": beyond(cost, trials)} if cost else None,
         "prediction": None if outcome.server else predict_outcome(outcome),
-        **served_facts(outcome),
+        **cast("Facts", served_facts(outcome)),
     }
-    return _derived(cast("Facts", facts), outcome.workload, outcome.recordings)
+    return _derived(facts, outcome.workload, outcome.recordings)
 
 
 def remake_result(result: Result) -> Result:
@@ -153,9 +152,9 @@ def regoaled(result: Result, goals: GoalsSpec) -> Result:
     return remake_result(Result(data, result.recordings))
 
 
-def workload_facts(workload: Workload) -> dict[str, Any]:
+def workload_facts(workload: Workload) -> WorkloadFacts:
     """Return the totals, the digest and the arrivals of a workload."""
-    return {
+    facts: WorkloadFacts = {
         "name": workload.name,
         "seed": workload.seed,
         "closed": workload.closed,
@@ -167,15 +166,17 @@ def workload_facts(workload: Workload) -> dict[str, Any]:
         "arrival_rate": rate_of(workload.due_ns),
         # A recording has the lengths produced, which differ only if texts may end early.
         "output_lengths": workload.output_tokens.tolist() if workload.stop_at_eos else None,
-        **({"sampling": asdict(workload.sampling)} if workload.sampling else {}),
     }
+    if workload.sampling:
+        facts["sampling"] = asdict(workload.sampling)
+    return facts
 
 
 def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result:
     goals = settings.from_json(GoalsSpec, facts["config"]["goals"])
     checked, server = facts["verification"], facts.get("server")
     findings = tuple(Finding(**finding) for finding in checked["findings"])
-    counts = {name: value for name, value in checked.items() if name != "passed"}
+    counts: dict[str, Any] = {k: value for k, value in checked.items() if k != "passed"}
     verification = Verification(**{**counts, "findings": findings})
     reasons = audit(
         workload,
@@ -211,14 +212,14 @@ def _derived(facts: Facts, workload: Workload, recordings: Recordings) -> Result
 
 def _strategy(
     trials: Sequence[Recording], goals: GoalsSpec, classes: Sequence[tuple[int, int]]
-) -> dict[str, Any]:
+) -> StrategyData:
     limits, price = goals.limits_ms, goals.price_per_hour
     summaries = [metrics.summary([trial], limits) for trial in trials]
     summary = summaries[0] if len(trials) == 1 else metrics.summary(trials, limits)
     cost = None if price is None else price / 3600 / summary["output_throughput"] * 1e6
     about = trials[0].header.about
     servings = about.get("servings", 1)
-    return {
+    strategy: StrategyData = {
         "trials": summaries,
         "summary": {**summary, "cost_per_million_output_tokens": cost},
         "by_output_length": by_length(trials, classes),
@@ -227,8 +228,10 @@ def _strategy(
         "counters": metrics.counters(trials[0]) if trials[0].has_steps else None,
         "computed_passes": about.get("computed_passes"),
         "output_digest": output_digest(trials[0]),
-        **({"servings": servings} if servings > 1 else {}),
     }
+    if servings > 1:
+        strategy["servings"] = servings
+    return strategy
 
 
 def output_digest(recording: Recording) -> str | None:
@@ -241,21 +244,21 @@ def output_digest(recording: Recording) -> str | None:
 
 
 def ratio_of(
-    strategies: Mapping[str, dict[str, Any]], name: str, numerator: str, denominator: str
+    strategies: Mapping[str, StrategyData], name: str, numerator: str, denominator: str
 ) -> Ratio | None:
     """Return a metric of one strategy divided by that of another, trial by trial."""
     sides = [strategies[strategy]["trials"] for strategy in (numerator, denominator)]
-    return paired_ratio(*([trial[name] for trial in trials] for trials in sides))
+    return paired_ratio(*([metric(trial, name) for trial in trials] for trials in sides))
 
 
 def _comparison(
     baseline: str,
     candidate: str,
-    strategies: Mapping[str, dict[str, Any]],
+    strategies: Mapping[str, StrategyData],
     recordings: Recordings,
     facts: Facts,
     workload: Workload,
-) -> dict[str, Any]:
+) -> ComparisonData:
     speedup = ratio_of(strategies, "duration", baseline, candidate)
     assert speedup is not None
     if (server := facts.get("server")) is not None:

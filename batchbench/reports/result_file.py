@@ -1,7 +1,6 @@
 """The file ``result.json``: its schema, its checks, and its bounded reader.
 
-``result.schema.json`` is published with the package, because other tools read these names. It alone
-lists all of them; the types here are those of the file's parts, and a test compares them with it.
+``result.schema.json`` is published with the package, because other tools read these names.
 """
 
 from __future__ import annotations
@@ -11,63 +10,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, cast
 
 import jsonschema
 import numpy as np
 
 from batchbench.batching.recording import Recording
-from batchbench.batching.remote.outcome import Agreement, FailedTrial
 from batchbench.errors import UsageError, shown
 from batchbench.files import reason_of
 from batchbench.json_file import read_json
+from batchbench.reports.result_data import ResultData
 from batchbench.version import SCHEMA_VERSION
 
 SCHEMA_FILE = Path(__file__).with_name("result.schema.json")
 SCHEMA: dict[str, Any] = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
 METRICS = tuple(SCHEMA["$defs"]["summary"]["properties"])
 """Names of the metrics in a summary."""
-
-Summary = dict[str, Any]
-"""Metrics of one trial, or of all: the median duration and the pooled latencies."""
-
-Counters = dict[str, int]
-"""Exact counts of the work of a trial, from its plans alone."""
-
-
-class Facts(TypedDict):
-    """Options and observations of a run, which its recordings do not hold."""
-
-    created_at: str
-    command: str
-    simulated: bool
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    model: dict[str, Any]
-    warm_up: dict[str, Any]
-    small_batches: NotRequired[list[list[int]] | None]
-    workload: dict[str, Any]
-    verification: dict[str, Any]
-    stopped: str | None
-    outputs: list[dict[str, Any]] | None
-    cost: NotRequired[dict[str, Any] | None]
-    prediction: NotRequired[dict[str, Any] | None]
-    server: NotRequired[dict[str, Any] | None]
-    agreement: NotRequired[Agreement | None]
-    failures: NotRequired[list[FailedTrial] | None]
-
-
-class ResultData(Facts):
-    schema_version: int
-    batchbench_version: str
-    strategies: dict[str, dict[str, Any]]
-    comparison: dict[str, Any] | None
-    comparisons: list[dict[str, Any]]
-    explain: dict[str, Any]
-    validity: dict[str, Any]
-
-
-# Reading
 
 
 def file_of(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from batchbench.batching.recording import Ints, Recording
 from batchbench.batching.remote.outcome import Agreement, FailedTrial, failure_words
 from batchbench.batching.session import Outcome
 from batchbench.reports.latency import e2el_ms, gaps_ms, ttft_ms
-from batchbench.reports.result_file import Facts
+from batchbench.reports.result_data import ClientData, ClientsData, Facts, ServerData
 from batchbench.reports.statistics import Distribution, Ratio, paired_ratio
 from batchbench.reports.text import label_of, number, percent, plural, times
 from batchbench.reports.time_budget import rate_of
@@ -42,7 +42,7 @@ MOST_COUNTED = 20_000
 Recordings = Mapping[str, Sequence[Recording]]
 
 Data = Mapping[str, Any]
-"""A part of ``result.json``."""
+"""A client's own account of a trial, in its recording."""
 
 
 # Data of a result
@@ -69,7 +69,7 @@ def stamps_of(recordings: Recordings) -> Literal["kernel", "user"] | None:
     return "kernel" if min(shares) >= KERNEL else "user"
 
 
-def clients_of(recordings: Recordings) -> dict[str, Any] | None:
+def clients_of(recordings: Recordings) -> ClientsData | None:
     """Return the clients that shared the requests; None if there was one.
 
     Of n clients, each sent every n-th request.
@@ -77,7 +77,7 @@ def clients_of(recordings: Recordings) -> dict[str, Any] | None:
     trials = [r for of_strategy in recordings.values() for r in of_strategy if _clients(r)]
     if not trials:
         return None
-    each = []
+    each: list[ClientData] = []
     for i, parts in enumerate(zip(*map(_clients, trials), strict=True)):
         each.append(
             {
@@ -109,12 +109,12 @@ def _client(recording: Recording) -> Data:
 # Forward passes
 
 
-def passes_of(server: Data | None, name: str) -> list[int | None]:
+def passes_of(server: ServerData | None, name: str) -> list[int | None]:
     """Return the forward passes of each trial of a strategy, by the server's own count."""
     return [] if server is None else server["passes"].get(name, [])
 
 
-def typical_passes(server: Data | None, name: str) -> int | None:
+def typical_passes(server: ServerData | None, name: str) -> int | None:
     """Return the median of the server's counts; None if it does not report all of them."""
     known = [count for count in passes_of(server, name) if count is not None]
     complete = known and len(known) == len(passes_of(server, name))
@@ -122,7 +122,7 @@ def typical_passes(server: Data | None, name: str) -> int | None:
 
 
 def step_ratio(
-    baseline: str, candidate: str, server: Data, slots: int, workload: Workload
+    baseline: str, candidate: str, server: ServerData, slots: int, workload: Workload
 ) -> tuple[Ratio, Literal["server", "schedule"]] | None:
     """Return the ratio of forward passes, by the server's count or else of the schedules alone.
 
@@ -147,19 +147,20 @@ def step_ratio(
 # Words
 
 
-def server_words(server: Data) -> str:
+def server_words(server: ServerData) -> str:
     """Return the server's name, and its version if it reports one."""
     return " ".join(part for part in (server["name"], server["version"]) if part)
 
 
-def place_of(data: Data) -> str:
+def place_of(data: Mapping[str, Any]) -> str:
     """Return the place where a result's model ran: the server, or device and number format."""
-    if (server := data.get("server")) is not None:
+    server: ServerData | None = data.get("server")
+    if server is not None:
         return server_words(server)
     return f"{data['model']['device']} {data['model']['dtype']}"
 
 
-def agreement_words(data: Data, agreement: Agreement) -> str:
+def agreement_words(data: Facts, agreement: Agreement) -> str:
     """Return the agreement of the strategies' outputs for a sentence about a result's data."""
     total, first = agreement["requests"], next(iter(agreement["first"]), None)
     if first is None and not agreement["differ"]:
@@ -202,7 +203,7 @@ def server_lines(facts: Facts) -> list[str]:
     return [f"{'; '.join(parts)}.", *failed]
 
 
-def _clients_words(clients: Data) -> str:
+def _clients_words(clients: ClientsData) -> str:
     each = clients["each"]
     counts = Counter(client["node"] for client in each)
     nodes = ", ".join(f"{count} on {node}" for node, count in counts.items())

@@ -11,6 +11,7 @@ from typing import Any
 
 from batchbench.errors import shown
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.result_data import metric
 from batchbench.reports.text import number, spell_ratio, spell_setting
 
 _SETTINGS = ("batchbench_version", "simulated", "config", "environment", "model", "workload")
@@ -143,6 +144,6 @@ def _rows(one: Labelled) -> Iterator[list[str]]:
         speedup = "baseline"
         if name != baseline:
             speedup = spell_ratio(ratio_of(data["strategies"], "duration", baseline, name))
-        figures = [number(strategy["summary"][key]) for _, key in FIGURES]
+        figures = [number(metric(strategy["summary"], key)) for _, key in FIGURES]
         status = data["validity"]["status"]
         yield [one.label, one.result.label(name), speedup, *figures, status]

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, special, stats
 
 from batchbench.batching.recording import Ints, Recording
+from batchbench.reports.result_data import Speedup
 
 Floats = NDArray[np.float64]
 
@@ -121,7 +122,7 @@ class Ratio:
     low: float | None
     high: float | None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Speedup:
         """Return JSON values; ``ci95`` is null if there are too few pairs."""
         ends = [end for end in (self.low, self.high) if end is not None]
         return {"median": self.median, "ci95": ends or None}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchbench.batching.recording import Ints, Recording
 from batchbench.reports.occupancy import SlotKinds, prompt_tokens_of_spans
+from batchbench.reports.result_data import Explain, SavedPart, TimeBudgetData, Waterfall
 from batchbench.reports.statistics import Floats, step_distribution
 
 # Time outside the steps
@@ -265,17 +265,17 @@ def between_steps(recording: Recording, over_ns: Ints) -> tuple[int, int, int]:
     return waited, gaps - waited, int(np.minimum(starts - before, 0).sum())
 
 
-def explain(
-    recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None
-) -> dict[str, Any]:
+def explain(recordings: Mapping[str, Sequence[Recording]], warm_up_s: float | None) -> Explain:
     """Return ``explain`` of the result: each strategy's budget, and the waterfalls."""
     budgets = {name: typical_budget(trials) for name, trials in recordings.items()}
-    strategies = {
-        name: budget and {"wall_s": budget.wall_s, "parts": asdict(budget), "warm_up_s": warm_up_s}
+    strategies: dict[str, TimeBudgetData | None] = {
+        name: None
+        if budget is None
+        else {"wall_s": budget.wall_s, "parts": asdict(budget), "warm_up_s": warm_up_s}
         for name, budget in budgets.items()
     }
     (baseline, before), *candidates = budgets.items()
-    falls = []
+    falls: list[Waterfall] = []
     for name, after in candidates:
         if before is not None and after is not None:
             saved, steps = waterfall(before, after)
@@ -285,8 +285,8 @@ def explain(
     return {"strategies": strategies, "waterfall": falls}
 
 
-def waterfall(baseline: TimeBudget, candidate: TimeBudget) -> tuple[float, list[dict[str, Any]]]:
+def waterfall(baseline: TimeBudget, candidate: TimeBudget) -> tuple[float, list[SavedPart]]:
     """Return the seconds saved in all and by each part; a negative part was lost."""
     saved = {part: getattr(baseline, part) - getattr(candidate, part) for part in PARTS}
-    steps = [{"part": part, "saved_s": seconds} for part, seconds in saved.items()]
+    steps: list[SavedPart] = [{"part": part, "saved_s": seconds} for part, seconds in saved.items()]
     return baseline.wall_s - candidate.wall_s, steps

@@ -175,6 +175,8 @@ def _conserved(workload: Workload, r: Recording) -> bool:
 
 def _adds_up(r: Recording) -> bool:
     counts = metrics.counters(r)
-    kinds = ("useful", "prompt", "finished", "empty", "stalled")
-    parts = [counts[f"{kind}_slot_steps"] for kind in kinds]
+    parts = (
+        *(counts["useful_slot_steps"], counts["prompt_slot_steps"], counts["finished_slot_steps"]),
+        *(counts["empty_slot_steps"], counts["stalled_slot_steps"]),
+    )
     return min(parts) >= 0 and sum(parts) == counts["slot_steps"]

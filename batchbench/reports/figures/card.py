@@ -29,7 +29,7 @@ from batchbench.batching.engines.simulated import UNIT_NS
 from batchbench.batching.recording import Recording
 from batchbench.reports import metrics
 from batchbench.reports.latency import Latencies
-from batchbench.reports.result_file import Counters
+from batchbench.reports.result_data import Counters
 from batchbench.reports.text import NO_BREAK, WAVES, called, clean_text, label_of, spell_number
 
 LOOKS: dict[str, tuple[str, Any]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def measures(result: Result) -> list[Measure]:
 
 
 def _of_strategy(result: Result, name: str) -> Iterator[Measure]:
-    strategy = result.data["strategies"][name]
+    strategy: Mapping[str, Any] = result.data["strategies"][name]
     for part, metric, unit, bigger in _METRICS:
         value = (strategy[part] or {}).get(metric)
         if value is None:

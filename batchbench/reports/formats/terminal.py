@@ -14,6 +14,7 @@ from batchbench.batching.policies import POLICIES
 from batchbench.batching.trials import servings_note
 from batchbench.reports.prediction import describe_fit, is_weak
 from batchbench.reports.result import Result, ratio_of
+from batchbench.reports.result_data import StrategyData, VerificationFacts
 from batchbench.reports.served import agreement_words, server_lines
 from batchbench.reports.side_by_side import HEAD, SideBySide
 from batchbench.reports.statistics import FEWEST_PAIRS
@@ -124,7 +125,7 @@ def _other_candidates(result: Result) -> str:
     text, strategies = "", result.data["strategies"]
     statics = [name for name in result.names if name in POLICIES and name.startswith("static")]
     if len(statics) > 1 and last["candidate"] not in statics:
-        best = min(statics, key=lambda name: float(strategies[name]["summary"]["duration"]))
+        best = min(statics, key=lambda name: strategies[name]["summary"]["duration"])
         ratio = ratio_of(strategies, "duration", best, last["candidate"])
         if ratio is not None and best != last["baseline"]:
             speed = times(ratio.median)
@@ -149,7 +150,7 @@ def _latency(result: Result) -> str:
     return f"{text}; {percent(good)} against {percent(base)} of requests within the SLOs"
 
 
-def _outputs(checked: Mapping[str, Any], *, served: bool) -> str:
+def _outputs(checked: VerificationFacts, *, served: bool) -> str:
     total, own = checked["requests_checked"], " to the model's own, unbatched," * served
     text = f"outputs identical{own} for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
@@ -172,8 +173,8 @@ def causes(result: Result) -> list[str]:
         return []  # no difference was shown, so there is none to explain
     lines = []
     for fall in explain["waterfall"]:
-        whole = fall["saved_s"]
-        if abs(whole) < EQUAL * explain["strategies"][fall["baseline"]]["wall_s"]:
+        whole, before = fall["saved_s"], explain["strategies"][fall["baseline"]]
+        if before and abs(whole) < EQUAL * before["wall_s"]:
             continue
         saved = {step["part"]: step["saved_s"] for step in fall["steps"]}
         decimals = decimals_of(max(map(abs, [whole, *saved.values()])))
@@ -302,8 +303,8 @@ def _rows_of(result: Result) -> list[_Row]:
     return [row for row in rows if any(_value(strategy, row) is not None for strategy in known)]
 
 
-def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
-    metric, counters = row.metric, strategy["counters"] or {}
+def _value(strategy: StrategyData, row: _Row) -> float | None:
+    metric, counters = row.metric, strategy["counters"]
     value: float | None
     if isinstance(metric, int):
         value = strategy["by_output_length"][metric]["mean_slowdown"]
@@ -312,7 +313,8 @@ def _value(strategy: Mapping[str, Any], row: _Row) -> float | None:
     elif metric == "forward_passes" and not counters:
         value = strategy.get("computed_passes")
     else:
-        value = strategy["summary"].get(metric, counters.get(metric))
+        known: dict[str, Any] = {**(counters or {}), **strategy["summary"]}
+        value = known.get(metric)
     return 100 * value if value is not None and row.unit == "%" else value
 
 

@@ -28,6 +28,7 @@ from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import figure_bytes
 from batchbench.reports.figures.card import INK, QUIET
 from batchbench.reports.result import output_digest, recording_files, workload_facts
+from batchbench.reports.result_data import Speedup, Summary, VerificationFacts
 from batchbench.reports.statistics import FEWEST_PAIRS, paired_ratio
 from batchbench.reports.text import (
     clean_text,
@@ -173,9 +174,7 @@ def _median(values: Iterable[float | None]) -> float | None:
     return float(np.median(known)) if known else None
 
 
-def _speedup(
-    baseline: Sequence[Recording] | None, trials: Sequence[Recording]
-) -> dict[str, Any] | None:
+def _speedup(baseline: Sequence[Recording] | None, trials: Sequence[Recording]) -> Speedup | None:
     """Return how many times as fast the trials are, round by round; None for the baseline."""
     if baseline is None or baseline is trials:
         return None
@@ -293,7 +292,7 @@ def table(data: Data) -> Table:
         label.append(f"\n{rung['change']}", style="not bold dim")
         grid.add_row(
             label,
-            number(rung["summary"]["output_throughput"]),
+            number(_throughput(rung)),
             *(_ratio(rung["speedup"][baseline]) for baseline in BASELINES),
             _ms(rung["decode_step_ms"]),
             times(rung["times_products"]),
@@ -304,14 +303,14 @@ def table(data: Data) -> Table:
     return grid
 
 
-def _ratio(ratio: Mapping[str, Any] | None) -> str:
+def _ratio(ratio: Speedup | None) -> str:
     if ratio is None:
         return "–"
     bounds = ratio["ci95"]
-    return times(ratio["median"]) + (f"\n{interval(*bounds)}" if bounds else "")
+    return times(ratio["median"]) + (f"\n{interval(bounds[0], bounds[1])}" if bounds else "")
 
 
-def _checked(verification: Mapping[str, Any]) -> Text:
+def _checked(verification: VerificationFacts) -> Text:
     """Return how many requests were checked, and how many were not identical."""
     checked, wrong = verification["requests_checked"], verification["wrong"]
     if not checked:
@@ -341,7 +340,8 @@ def _fastest(data: Data) -> tuple[Data | None, str]:
 
 
 def _throughput(rung: Data) -> float:
-    return float(rung["summary"]["output_throughput"])
+    summary: Summary = rung["summary"]
+    return summary["output_throughput"]
 
 
 def _rates(rung: Data) -> list[float]:

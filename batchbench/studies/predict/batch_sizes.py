@@ -25,6 +25,7 @@ from batchbench.reports.figures import card as cards
 from batchbench.reports.figures import picture_files
 from batchbench.reports.formats.terminal import make_table
 from batchbench.reports.prediction import beyond, predict
+from batchbench.reports.result_data import metric
 from batchbench.reports.text import clean_text, joined, number, percent, plural
 from batchbench.studies.predict.fitted import FittedRun
 from batchbench.workloads import Workload
@@ -122,7 +123,7 @@ def predict_slots(fitted: FittedRun, sizes: Sequence[int], queue_size: int | Non
     for size in sizes:
         for recording in predict(known, replace(serving, batch_size=size), workload):
             summary, outside = metrics.summary([recording]), tuple(beyond(known, [recording]))
-            values: dict[str, Any] = {n: summary[n] for n in (*names, "p99_e2el_ms")}
+            values: dict[str, Any] = {n: metric(summary, n) for n in (*names, "p99_e2el_ms")}
             values |= {"seen": not outside, "measured": size == serving.batch_size}
             points.append(Point(recording.header.strategy, size, beyond=outside, **values))
     return Curve(fitted, points, len(workload), serving.batch_size)

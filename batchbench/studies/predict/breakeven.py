@@ -298,11 +298,13 @@ def measure(
 
 def contests_of(result: Result, limits_ms: Mapping[str, float]) -> tuple[dict[str, Contest], float]:
     """Compare all metrics of one cell; also return the seconds of both strategies together."""
-    strategies, names = cast(Any, result.data["strategies"]), STRATEGIES.split(",")
+    strategies, names = result.data["strategies"], STRATEGIES.split(",")
     summaries = [strategies[name]["summary"] for name in names]
     contests = {
         "throughput": Contest.of(*(s["output_throughput"] for s in summaries)),
-        "ttft": Contest.of(*(s["mean_ttft_ms"] for s in summaries), less_is_better=True),
+        "ttft": Contest.of(
+            *(cast("float", s["mean_ttft_ms"]) for s in summaries), less_is_better=True
+        ),
         "goodput": Contest.of(*(_goodput(result.recordings[n], limits_ms) for n in names)),
     }
     return contests, sum(s["duration"] for s in summaries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from batchbench import settings
 from batchbench.batching.experiment import ServingSpec
@@ -13,6 +12,7 @@ from batchbench.batching.step_cost import KnownCost
 from batchbench.errors import UsageError
 from batchbench.reports.prediction import describe_fit, known_cost
 from batchbench.reports.result import Result, load_result
+from batchbench.reports.result_data import FitQuality
 from batchbench.reports.text import percent
 
 
@@ -20,7 +20,7 @@ from batchbench.reports.text import percent
 class FittedRun:
     result: Result
     known: KnownCost
-    quality: dict[str, Any]
+    quality: FitQuality
 
     @property
     def model(self) -> ModelSpec:

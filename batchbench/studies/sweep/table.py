@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,17 +31,19 @@ def rows_of(cell: Cell, result: Result) -> list[Row]:
 
     ``--strategy`` is the column ``strategies``; ``strategy`` is the one of the row.
     """
-    data: Any = result.data
-    options: Row = {"cell": cell.digest, "preset": data["config"]["preset"]}
+    data = result.data
+    configs: Mapping[str, Any] = data["config"]
+    options: Row = {"cell": cell.digest, "preset": configs["preset"]}
     for part in OPTIONS:
-        config = data["config"].get(part, {})
+        config = configs.get(part, {})
         omitted = settings.omitted(PARTS[part]) if config and part in PARTS else {}
         for name, value in {**omitted, **config}.items():
             plain = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             options["strategies" if name == "strategy" else name] = plain
     options |= _defaults(cell, result)
-    judgement = {"validity": data["validity"]["status"]}
-    judgement |= {name: data["verification"][name] for name in ("requests_checked", "wrong")}
+    checked = data["verification"]
+    judgement: Row = {"validity": data["validity"]["status"]}
+    judgement |= {"requests_checked": checked["requests_checked"], "wrong": checked["wrong"]}
     return [
         {
             **options,
