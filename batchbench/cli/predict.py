@@ -281,6 +281,8 @@ def _measured(
 ) -> FittedRun:
     """Make the first run as a job of the executor, which measures the cells too."""
     from batchbench.batching.dry_run import estimate
+    from batchbench.reports.output import write_folder
+    from batchbench.reports.result import load_result
     from batchbench.studies.predict.fitted import read_fitted
     from batchbench.studies.sweep.run import CellWork
 
@@ -290,9 +292,10 @@ def _measured(
     )
     if here and (seconds := estimate(first, Watch()).seconds):
         watch.note(f"this takes about {spell_time(1.5 * seconds)} plus the warm-up")
-    job = Job("the first run", CellWork(first))
-    write_whole(folder / "teacher", run_parts([job], executor, watch)[job.key][0])
-    return read_fitted(folder / "teacher", "--output")
+    job, own = Job("the first run", CellWork(first)), folder / "teacher"
+    write_whole(own, run_parts([job], executor, watch)[job.key][0])
+    write_folder(own, load_result(own))  # with the pictures and the page of any run
+    return read_fitted(own, "--output")
 
 
 def _context(study: BreakevenSpec, model: ModelSpec) -> int | None:

@@ -361,6 +361,7 @@ def test_breakeven_without_a_result_makes_a_run_and_static_can_win(
     assert (code, err) == (0, "")
     assert "on throughput continuous wins " in " ".join(out.split())
     assert load_result(folder / "teacher").data["config"]["serving"]["batch_size"] == 8
+    assert (folder / "teacher" / "report.html").exists()
     # Lengths that differ a little make each end an admission of its own, which stalls the others.
     frame = pd.read_csv(folder / "breakeven.csv")
     throughput = frame[(frame["metric"] == "throughput") & (frame["spread"] == 0.1)]
