@@ -66,13 +66,15 @@ GROUPS = ("baseline", "workload")
 
 
 class _Plain:
-    """A command whose help does not state the type of a flag."""
+    """A command whose help does not state the type of a flag or an argument."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for param in params:
             if getattr(param, "is_flag", False):
                 param.metavar = " "
+            elif param.param_type_name == "argument":
+                param.display_type_rich = lambda ctx: None  # its name says it
         return params
 
 
