@@ -251,8 +251,8 @@ def _remove(path: Path) -> None:
 def default_folders(model: str, study: str = "") -> Iterator[Path]:
     """Yield ``batchbench-results/<time>-<model>``, then the same with 2, 3, … at the end.
 
-    What some system forbids in the name of a file becomes ``--``. A study that is not a plain run
-    stands before the model.
+    Characters that some system forbids in the name of a file become ``--``. The name of a ``study``
+    stands before the model's.
     """
     model = re.sub(r'[<>:"/\\|?*\x00-\x1f]+', "--", model).rstrip(". ")
     name = "-".join(filter(None, (f"{datetime.now():%Y%m%d-%H%M%S}", study, model)))

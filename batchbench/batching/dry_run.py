@@ -58,10 +58,13 @@ class Estimate:
         how = "1.5 times as long as its matrix products, which were timed just now"
         if launches:
             how = (
-                f"the time of its matrix products and of launching {launches:,} kernels, both "
-                "timed just now, and a trial at least a second"
+                f"as long as its matrix products and launching {launches:,} kernels, both timed "
+                "just now, and that a trial takes at least a second"
             )
-        return f"time    about {self.seconds:,.3g} s for all trials{waits}; a step takes {how}"
+        return (
+            f"time    about {self.seconds:,.3g} s for all trials{waits}; this assumes that a step "
+            f"takes {how}"
+        )
 
 
 def _memory(sizes: Sizes, batch_size: int) -> Iterator[str]:

@@ -206,7 +206,7 @@ class Experiment:
             else:
                 _check_served(self, self.target)
         if self.workload.stop_at_eos and "static-oracle" in self.serving.strategies:
-            why = "sorts by output length, unknown with --stop-at-eos; remove one of them"
+            why = "needs output lengths, which --stop-at-eos leaves open; remove one of them"
             raise UsageError(f"--strategy static-oracle: {why}")
         if self.workload.sampling is not None and "generate_batch" in self.serving.strategies:
             raise UsageError(GENERATE_BATCH_SAMPLES)
@@ -347,10 +347,10 @@ def _check_served(experiment: Experiment, target: TargetSpec) -> None:
             "(in waves) and continuous; drop it"
         )
     if target.clients > 1 and "static" in strategies:
-        why = "only one client knows when a wave has ended; add --strategy continuous"
+        why = "only a single client knows when a wave has ended; add --strategy continuous"
         raise UsageError(f"{clients}: {why}")
     if target.clients > 1 and experiment.workload.max_concurrency is not None:
-        why = "no client knows the requests in flight of the others; drop --max-concurrency"
+        why = "no client knows how many requests the others have sent; drop --max-concurrency"
         raise UsageError(f"{clients}: {why}")
     if experiment.workload.chat_template and target.endpoint == CHAT:
         why = f"the server applies its own at {CHAT}; drop it, or give --endpoint {COMPLETIONS}"

@@ -396,8 +396,8 @@ def _ask_nvml(uuid: str, question: Callable[[Any, Any], _Answer]) -> _Answer | N
 def nvml_gpu(uuid: str) -> Counter | None:
     """Return the counter of a GPU (Volta and later); None if it has none.
 
-    The sensor of an H100 looks at 25 ms of each 100 ms (arXiv 2312.02741), so the energy of
-    a short time is chance.
+    The sensor of an H100 looks at 25 ms of each 100 ms (arXiv 2312.02741), so the energy
+    of a shorter time is not reliable.
     """
 
     def read_j() -> float:

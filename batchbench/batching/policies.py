@@ -106,7 +106,7 @@ class Static:
 
 
 class _Sorted(Static):
-    """Serves batches of similar requests: that part of the sorted queue which has the oldest."""
+    """Serves batches of similar requests: the part of the sorted queue with the oldest one."""
 
     def _batch(self, view: View) -> Sequence[Request]:
         begin = view.waiting.index(view.oldest) // view.free * view.free

@@ -240,7 +240,7 @@ class Recording:
         return self.first_steps[span] + low
 
     def free_from(self, times: Ints) -> Ints:
-        """Return the end of the step running at each of these times (ns), or else the time."""
+        """Return the end of the step running at each of these times (ns); the time if none is."""
         step = np.minimum(self.step_at(times), self.num_steps - 1)
         ends = self.ends_of(step)
         return np.where((self.starts_of(step) < times) & (times < ends), ends, times)

@@ -152,7 +152,9 @@ def _read_members(file: Path) -> dict[str, NDArray[Any]]:
 def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
     """Refuse impossible names and sizes."""
     if len(members) > MOST_MEMBERS:
-        raise NotWholeError(f"it has {len(members)} members, more than a recording can")
+        raise NotWholeError(
+            f"it has {len(members)} members; a recording has at most {MOST_MEMBERS}"
+        )
     names = [member.filename for member in members]
     for name in names:
         if name.removesuffix(".npy") not in _MEMBERS or names.count(name) > 1:
@@ -294,7 +296,7 @@ def _check_columns(r: Recording) -> None:
             raise NotWholeError(f"{name} holds {worst}; it must be {least} to {stop - 1}")
     s, chunks = r.spans, len(r.chunks.start)
     _check(len(r.requests.slot) > 0, "it has no requests")
-    _check((len(s.steps) > 0) is r.has_steps, "it has no steps, or times of steps and of tokens")
+    _check((len(s.steps) > 0) is r.has_steps, "it must have either steps or times of tokens")
     _check(r.has_steps or len(r.waits.step) == 0, "it has waits but no steps")
     _check(s.steps.sum(dtype=np.float64) < 2**53, "it has too many steps")
     _check(s.chunks.sum() == chunks, "spans.chunks is not the number of chunks")
@@ -411,7 +413,7 @@ def _check_times(r: Recording) -> None:
 
 
 def _check_costs(r: Recording) -> None:
-    """Check the times of a simulation, in floats, which no number makes overflow."""
+    """Check the times of a simulation, in floats, which cannot overflow."""
     assert r.step_ns is not None
     _check(r.header.about.get("memory") is None, "a simulation measured no memory")
     steps, step_ns = r.spans.steps.astype(np.float64), r.step_ns.astype(np.float64)

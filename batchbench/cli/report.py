@@ -152,7 +152,8 @@ def _show_peers(folders: list[Path], peers: list[PeerFile | None], output: Repor
     if output.chosen not in formats or output.trace_out is not None:
         other = next(folder for folder, peer in zip(folders, peers, strict=True) if peer)
         raise UsageError(
-            f"{other}: is of another tool; give --format {', '.join(formats[:-1])} or {formats[-1]}"
+            f"{other}: was not written by batchbench; give --format {', '.join(formats[:-1])} or "
+            f"{formats[-1]}"
         )
     check_number(folders)
     if output.file is not None and str(output.file) != "-":

@@ -1,5 +1,7 @@
-"""A request and a workload: lengths, prompts and arrival times; and the streams of random numbers,
-one per purpose, so that using one does not change another."""
+"""A request, and a workload: lengths, prompts and arrival times.
+
+There is one stream of random numbers for each purpose, so using one does not change another.
+"""
 
 from __future__ import annotations
 

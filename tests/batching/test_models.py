@@ -279,7 +279,7 @@ def test_what_the_hub_has_is_downloaded(
 
 @pytest.mark.parametrize("name", ["gpt3", "someone/something", "GPT2", "gpt2-XL"])
 def test_an_unknown_name_out_of_reach_is_a_usage_error(name: str, no_network: None) -> None:
-    with pytest.raises(UsageError, match=f"--model {name}: .*known without network: .*gpt2-xl"):
+    with pytest.raises(UsageError, match=f"--model {name}: .*known without a network: .*gpt2-xl"):
         find_model(ModelSpec(model=name))
 
 

@@ -41,15 +41,15 @@ def data_in(folder: Path) -> Any:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--engine", "slots"], "--engine: is of our own engine, and --target measures a server"),
-        (["--device", "cpu"], "--device: is of our own engine"),
-        (["--dtype", "float32"], "--dtype: is of our own engine"),
-        (["--prefill", "mixed"], "--prefill: is of our own engine"),
-        (["--execution", "eager"], "--execution: is of our own engine"),
-        (["--order", "fifo"], "--order: is of our own engine"),
-        (["--max-wait", "5"], "--max-wait: is of our own engine"),
-        (["--threads", "2"], "--threads: is of our own engine"),
-        (["--load-format", "dummy"], "--load-format: is of our own engine"),
+        (["--engine", "slots"], "--engine: is for our own engine, but --target measures a server"),
+        (["--device", "cpu"], "--device: is for our own engine"),
+        (["--dtype", "float32"], "--dtype: is for our own engine"),
+        (["--prefill", "mixed"], "--prefill: is for our own engine"),
+        (["--execution", "eager"], "--execution: is for our own engine"),
+        (["--order", "fifo"], "--order: is for our own engine"),
+        (["--max-wait", "5"], "--max-wait: is for our own engine"),
+        (["--threads", "2"], "--threads: is for our own engine"),
+        (["--load-format", "dummy"], "--load-format: is for our own engine"),
         (["--strategy", "static-fixed"], "--strategy static-fixed: a server schedules by itself"),
         (["--strategy", "generate_batch"], "--strategy generate_batch: a server schedules"),
         (["--verify", "3"], "--verify 3: --target checks outputs only with --verify-model"),
@@ -78,7 +78,7 @@ def test_options_that_do_not_go_with_a_server_are_named(
 @pytest.mark.parametrize("name", OWN_ENGINE)
 def test_every_setting_of_our_own_engine_is_refused_even_at_its_default(name: str) -> None:
     own = getattr(Experiment(), "serving" if hasattr(Experiment().serving, name) else "model")
-    with pytest.raises(UsageError, match=f"^{option_name(name)}: is of our own engine"):
+    with pytest.raises(UsageError, match=f"^{option_name(name)}: is for our own engine"):
         Experiment.of({"target": URL, name: getattr(own, name)})
 
 

@@ -113,7 +113,8 @@ def test_a_part_that_fails_or_is_lost_says_why() -> None:
     with pytest.raises(IncompleteError) as found:
         run_parts([job], Cursed(0, 1), Watch())
     assert str(found.value) == (
-        "static was lost 3 times with its machine (its node died); the same command starts again"
+        "static was lost 3 times with its machine (its node died); the same command starts from "
+        "the beginning"
     )
 
 

@@ -237,8 +237,11 @@ SPOILED = {
         spoil(lambda d: d["processes"][0]["ratios"].update(static=float("nan"))),
         "NaN is not JSON",
     ),
-    "a list": ("[]", "is no baseline"),
-    "a result": ('{"strategies": {}}', "is a result, for batchbench compare"),
+    "a list": ("[]", "is not a baseline"),
+    "a result": (
+        '{"strategies": {}}',
+        "is a result, not a baseline (compare results with batchbench compare)",
+    ),
     "another version": (spoil(lambda d: d.update(schema_version=9)), "has schema version 9"),
     "no processes": (spoil(lambda d: d.update(processes=[])), "is not a complete baseline"),
     "a lane is missing": (

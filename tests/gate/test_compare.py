@@ -588,8 +588,11 @@ def test_a_condition_twice_is_refused_and_one_each_way_is_not() -> None:
 @pytest.mark.parametrize(
     ("condition", "error"),
     [
-        ("notebook.duration > 5%", "only static, continuous can have a duration in these"),
-        ("static.speedup < -5%", "only continuous can have a speedup in these results"),
+        (
+            "notebook.duration > 5%",
+            "only static and continuous can have duration; name such a strategy",
+        ),
+        ("static.speedup < -5%", "in these results, only continuous can have speedup; name such"),
         ("request_goodput < -5%", "base holds no request_goodput"),
         ("p99.9_ttft_ms > 5%", "base holds no p99.9_ttft_ms"),
     ],

@@ -293,7 +293,7 @@ def test_a_refusal_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not found.failures
     assert found.verdict.kind is Kind.CONTINUOUS
     assert found.verdict.slots_is_lower_bound
-    assert "were refused" in report.tests_of(found)["Slots"]
+    assert "and the server refused" in report.tests_of(found)["Slots"]
 
 
 def test_the_time_is_over_before_the_first_answer(

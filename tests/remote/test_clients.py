@@ -269,7 +269,7 @@ def test_strangers_and_other_versions_are_not_let_in() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"strategy": "static,continuous"}, "only one client knows when a wave has ended"),
+        ({"strategy": "static,continuous"}, "only a single client knows when a wave has ended"),
         ({"max_concurrency": 3}, "drop --max-concurrency"),
         ({"request_rate": None}, "there is no rate to share; give --request-rate"),
         ({"queue_size": 2, "clients": 3}, "more than requests; raise --queue-size"),

@@ -189,8 +189,8 @@ def test_an_ambiguous_unit_of_times_must_be_given(times: list[float], file: Path
     rows = [{"timestamp": t, "input_length": 7, "output_length": 7} for t in times]
     told = refusal(file, lines(*rows))
     assert re.fullmatch(
-        r"times are \S+ apart on average, \S+ requests/s in ms and \S+ in s; give their unit with "
-        r"--trace-time-unit",
+        r"times are \S+ apart on average: \S+ requests/s if in ms, \S+ if in s; give their unit "
+        r"with --trace-time-unit",
         told,
     )
     for unit, ns in (("s", 10**9), ("ms", 10**6), ("us", 10**3), ("ns", 1)):

@@ -18,7 +18,7 @@ UNIT_NS = 1_000_000
 
 
 class SimulatedEngine:
-    """Advance a virtual clock by the ``cost`` of a step, which is ns or depends on its work."""
+    """Advance a virtual clock by the ``cost`` of each step: fixed, in ns, or by its work."""
 
     simulated = True
     looks_late = False

@@ -89,7 +89,7 @@ _CONFIG = {
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a GGUF file; an error does not have the file's name."""
+    """Read and check the header of a GGUF file; errors do not name the file."""
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise UsageError(f"needs {' and '.join(missing)}; type pip install 'batchbench-llm[gguf]'")

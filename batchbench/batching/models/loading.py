@@ -320,6 +320,6 @@ def _pretrained(source: Source, spec: ModelSpec, dtype: torch.dtype) -> PreTrain
     for keys, what in ((missing, "lacks"), (mismatched, "has the wrong shape of")):
         if keys:
             first = min(key if isinstance(key, str) else str(key[0]) for key in keys)
-            why = f"the checkpoint {what} {first}, named by its configuration"
+            why = f"the checkpoint {what} {first}, which its configuration implies"
             raise UsageError(f"--model {spec.model}: {why}")
     return module

@@ -223,7 +223,7 @@ def _from_hub(spec: ModelSpec, trained: bool) -> Source:
     known = [*KNOWN, *MADE_UP]
     near = difflib.get_close_matches(spec.model.lower(), known, n=1, cutoff=0.8)
     hint = f"did you mean {near[0]}? " if near else ""
-    hint = "--load-format dummy" if short else f"{hint}known without network: {', '.join(known)}"
+    hint = "--load-format dummy" if short else f"{hint}known without a network: {', '.join(known)}"
     raise UsageError(f"neither a folder nor in the local cache, and {missing}; {hint}")
 
 
@@ -324,7 +324,7 @@ def fault_of(config: Mapping[str, Any]) -> str | None:
         elif name == "eos_token_id" and value is not None:
             tokens = value if isinstance(value, list) else [value]
             if not all(_is_whole(token) and -1 <= token <= MOST_SIZE for token in tokens):
-                must = "a token's number or a list of them"
+                must = "a token id or a list of token ids"
         if must:
             return f"{name} = {shown(json.dumps(value))}; it must be {must}"
     return None
@@ -348,7 +348,7 @@ def _check_index(folder: Path) -> None:
         raise UsageError(f"its {file.name} has no weight_map; fetch it again")
     for name in sorted(set(names.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-            why = "no safetensors file in its folder; nothing outside the folder is read"
+            why = "which is not a safetensors file in its folder; nothing outside it is read"
             raise UsageError(f"its {file.name} names {name[:80]}, {why}")
         if not (folder / name).is_file():
             raise UsageError(f"lacks {name}, named by its {file.name}")

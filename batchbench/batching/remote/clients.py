@@ -84,8 +84,8 @@ def _body_of(bodies: Sequence[bytes], workload: Workload, request: Request) -> b
 def join(meeting: Meeting) -> None:
     """Be a client until the driver hangs up.
 
-    It answers None with the time, a part when it is ready, and the time of the start with the
-    requests that it has served.
+    It answers None with its time, and a part with None when it is ready. It answers the time of the
+    start with the requests that it has served.
     """
     with _connection(meeting) as driver, suppress(EOFError, OSError):
         driver.send((version.__version__, platform.node()))

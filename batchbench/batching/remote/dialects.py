@@ -44,15 +44,15 @@ class Dialect:
     server always stops there. ``generation_config`` is transformers' own: a JSON text with an
     end-of-text token that no model has."""
     prompt_cache_off: bool = False
-    """Each request turns the cache of prompts off, or asks for a part of it of its own. Without
-    such a field, the counts of cached tokens show whether it was used."""
+    """True if each request turns the prompt cache off, or has a part of it to itself. Without such
+    a field, the counts of cached tokens show whether the cache was used."""
     fields: Json = field(default_factory=lambda: dict(_USAGE))  # of every request
     salt_field: str | None = None  # gets a random text, so that no two share a cached prompt
     ends_with_done: bool = True  # a complete stream ends with `data: [DONE]`
     top_k: bool = True  # a sampled request may have this field
     all_tokens: Json = field(default_factory=lambda: {"top_p": 1})
-    """Fields with which a sampled request keeps all tokens; without them, some servers cut as their
-    own or the model's defaults say."""
+    """Fields with which a sampled request keeps all tokens; without them, some servers apply top-k
+    or top-p by their own or the model's defaults."""
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Its names at ``/metrics`` for our :data:`Counts`."""
 

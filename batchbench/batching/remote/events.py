@@ -28,7 +28,7 @@ from batchbench.errors import shown
 
 @dataclass(frozen=True)
 class Response:
-    """A response, as far as it goes."""
+    """A response, as far as it has arrived."""
 
     status: int  # 0 if there is none
     headers: Mapping[str, str]
@@ -173,7 +173,7 @@ def parse(
 
     Args:
         asked_tokens: the output tokens that it must have; None: any number but 0.
-        fewer: fewer of them will do.
+        fewer: accept fewer than ``asked_tokens``.
         ends_with_done: the server ends each stream with ``data: [DONE]``.
     """
     response = response_of(exchange)

@@ -48,7 +48,7 @@ class Served:
     times of their own are sent when they are due, however many there are.
 
     ``body`` makes the body of a request of the workload that is served. ``share`` lets several
-    clients play a trial whose requests arrive over time; None: this process sends all.
+    clients divide a trial whose requests arrive over time; None: this process sends all.
     """
 
     name: str
@@ -193,8 +193,8 @@ class _Feed:
     """The requests of one trial, each sent when the strategy lets it, and their progress.
 
     ``due_ns`` is when each was due, since ``zero_ns``; it is filled in as the trial goes on. The
-    trial begins at ``zero_ns``, or with the first question if it is -1. After a hopeless failure it
-    is ``stopped``, and sends no more.
+    trial begins at ``zero_ns``, or with the first call of ``next`` if it is -1. After a failure
+    that would repeat, it is ``stopped`` and sends no more.
     """
 
     def __init__(

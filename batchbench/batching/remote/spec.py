@@ -62,7 +62,7 @@ def refuse_own(*layers: Mapping[str, Any]) -> None:
     own = [settings.option_name(name) for name in OWN_ENGINE if name in given]
     if own and any(layer.get("target") for layer in layers):
         raise UsageError(
-            f"{own[0]}: is of our own engine, and --target measures a server; drop one of them"
+            f"{own[0]}: is for our own engine, but --target measures a server; drop one of them"
         )
 
 
@@ -101,8 +101,8 @@ class TargetSpec:
     )
     api_key: str | None = setting(
         None,
-        f"Key sent as the bearer token. It is not saved or shown. In the environment variable "
-        f"{API_KEY}, the key does not appear in the list of processes either.",
+        "Key sent as the bearer token. It is not saved or shown. To keep it out of the list of "
+        f"processes too, set the environment variable {API_KEY} instead.",
         _PANEL,
         metavar="KEY",
         variable=API_KEY,

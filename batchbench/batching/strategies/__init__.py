@@ -138,7 +138,7 @@ def find(name: str) -> PlugIn:
     else:
         near = difflib.get_close_matches(name, [*POLICIES, *OURS], 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        why = f"no such strategy; {hint}--strategy help lists all; a class of yours is "
+        why = f"no such strategy; {hint}--strategy help lists all; name your own class as "
         why += "package.module:Class"
     raise UsageError(f"--strategy {shown(name)}: {why}")
 

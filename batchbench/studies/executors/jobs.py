@@ -218,7 +218,7 @@ def run_parts(jobs: Sequence[Job], executor: Executor, watch: Watch) -> Parts:
         if not isinstance(ended.outcome, Done):
             raise IncompleteError(
                 f"{ended.key} was lost {MOST_RERUNS + 1} times with its machine ({ended.reason}); "
-                "the same command starts again"
+                "the same command starts from the beginning"
             )
         if ended.node:
             watch.note(f"{ended.key} ran {spell_time(ended.seconds)} on {ended.node}")

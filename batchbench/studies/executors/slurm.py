@@ -56,9 +56,9 @@ class Slurm(Executor):
     Args:
         folder: folder that all nodes share; it exists only while there are jobs.
         minutes: time limit of a job.
-        gpus: number of GPUs of a job that measures times; 0 takes a whole node without.
+        gpus: number of GPUs of a job that measures times; 0 takes a whole node, without GPUs.
         cluster: ``local`` runs jobs on this machine, for tests.
-        grace_s: seconds that a file takes at most to appear on this machine.
+        grace_s: seconds after which a file of another node must appear on this machine.
 
     Raises:
         UsageError: this machine has no Slurm.

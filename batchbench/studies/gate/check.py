@@ -148,7 +148,7 @@ class Baseline:
 
 
 def load_baseline(file: Path) -> Baseline:
-    again = "make one with batchbench baseline save"
+    again = "make a baseline with batchbench baseline save"
     try:
         data = read_json(file)
     except OSError as error:
@@ -163,7 +163,8 @@ def load_baseline(file: Path) -> Baseline:
 def _fault(data: Any) -> str | None:
     if not isinstance(data, dict) or data.get("kind") != "baseline":
         is_result = isinstance(data, dict) and "strategies" in data
-        return "is a result, for batchbench compare" if is_result else "is no baseline"
+        result = "is a result, not a baseline (compare results with batchbench compare)"
+        return result if is_result else "is not a baseline"
     if data.get("schema_version") != SCHEMA_VERSION:
         found = data.get("schema_version")
         return f"has schema version {found}, and batchbench {__version__} reads {SCHEMA_VERSION}"
@@ -258,7 +259,8 @@ def measure_process(
 ) -> tuple[Process, ProcessReport]:
     """Start a process, let its strategies take turns, and end it.
 
-    The first two processes count all work and measure what later ones are told.
+    The first two processes count all work, and measure their passes and step times. Later ones are
+    told those of the first.
     """
     began = time.monotonic()
     experiment, known = session.experiment, None

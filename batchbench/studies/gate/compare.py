@@ -187,7 +187,7 @@ def check_comparable(base: Runs, new: Runs) -> None:
 
 
 _KINDS = {
-    "peer": "is of another tool, and {other} of batchbench; show them side by side with "
+    "peer": "was written by another tool, and {other} by batchbench; show them side by side with "
     "batchbench report {base} {new}",
     "simulated": "is a simulation, and {other} was measured; compare two simulations or two "
     "measurements",
@@ -333,10 +333,10 @@ def _check_condition(
     option, metric = f"--fail-if '{shown(condition.text)}'", condition.metric
     names = strategies[1:] if metric.of_pair else strategies  # the first is the baseline of pairs
     if not names or condition.strategy not in (None, *names):
-        raise UsageError(
-            f"{option}: only {', '.join(names) or 'no strategy'} can have a {metric.name} in these "
-            "results"
-        )
+        who, way = "no strategy", "name another metric"
+        if names:
+            who, way = f"only {joined(names)}", "name such a strategy"
+        raise UsageError(f"{option}: in these results, {who} can have {metric.name}; {way}")
     names = [condition.strategy] if condition.strategy else names
     for side in (base, new):
         if not any(_has(side, metric, name) for name in names):

@@ -146,7 +146,7 @@ _FLOOR_HELP = "A version is called slower if its loss is shown to exceed this pe
 _MARGIN_HELP = "Two versions are called the same if a loss above this percentage is ruled out."
 _CONFIDENCE_HELP = "Probability that equal versions are not called slower, over the whole command."
 _TIME_HELP = "Time limit in seconds, including the start of processes; at least 20."
-_ALLOW_HELP = "Pass if all counts that changed, per strategy, are better (fewer passes)."
+_ALLOW_HELP = "Pass if each count of a strategy that changed is better (fewer passes)."
 
 
 @dataclass(frozen=True)

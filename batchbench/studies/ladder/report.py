@@ -465,7 +465,7 @@ def draw_ladder(data: Data) -> Figure:
 def _draw_bar(
     axes: Axes, row: int, value: float, colour: str, gid: str, text: str, beyond: float
 ) -> None:
-    """Draw a value as a bar, and a text behind it and behind marks that reach ``beyond``."""
+    """Draw a value as a bar, and a text to its right, past marks that reach ``beyond``."""
     axes.barh(row, value, _BAR / _ROW, color=colour, alpha=0.75, lw=0, gid=gid)
     place: dict[str, Any] = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
     axes.annotate(text, (max(value, beyond), row), size=9, weight="bold", **place)

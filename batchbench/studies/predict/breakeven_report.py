@@ -79,7 +79,7 @@ def advice(breakeven: BreakEven) -> str:
     if not most:
         text = f"Use either: nowhere on this map do they differ by more than {EVEN:.0%}"
     elif not least:
-        text = f"Use {best} batching: it wins {most} of {total} comparisons, loses none"
+        text = f"Use {best} batching: it wins {most} of {total} comparisons and loses none"
     else:
         text = f"Use {best} batching, except where {other} wins: in {least} of {total} comparisons"
     if breakeven.measured:
@@ -121,7 +121,7 @@ def notes(breakeven: BreakEven) -> list[str]:
     if far := breakeven.extrapolated:
         worst = max(far, key=lambda cell: (len(cell.beyond), cell.batch_size, cell.spread))
         beyond = "; ".join(worst.beyond)
-        lines.append(f"Furthest beyond the measured steps, {worst.place}: {beyond}.")
+        lines.append(f"Furthest beyond the measured steps is {worst.place}: {beyond}.")
     if len(kinds := breakeven.machines) > 1:
         lines.append(
             f"Suspect: step costs and measured cells are of {len(kinds)} kinds of machines "

@@ -109,7 +109,7 @@ def _joining(seen: Joining, pace: Pace) -> str:
     if seen.waited:
         parts.append(f"{seen.waited} {of_all} waited until the long one had ended")
     if seen.refused:
-        parts.append(f"{plural(seen.refused, 'short request')} were refused meanwhile")
+        parts.append(f"the server refused {plural(seen.refused, 'short request')} meanwhile")
     return f"{'; '.join(parts) or 'No short request could be compared with a long one'}."
 
 
@@ -144,7 +144,7 @@ def _burst(burst: Burst) -> str:
         return f"{burst.sent} requests sent at once ran one after another."
     text = f"Of {burst.sent} requests sent at once, {burst.most} ran at the same time"
     if burst.refused:
-        text += f", {burst.refused} were refused"
+        text += f", and the server refused {burst.refused}"
     elif burst.exact and burst.midway:
         text += ", and each of the others began when one had ended"
     elif burst.exact:
@@ -374,7 +374,7 @@ _BURST = "sent refused groups most_at_once=most full=exact began_midway=midway t
 
 
 def _fields(value: object, names: str) -> dict[str, Any] | None:
-    """Return attributes, each under its name or as ``name=attribute``; None of None."""
+    """Return attributes, each under its name or as ``name=attribute``; None for no value."""
     pairs = [name.partition("=") for name in names.split()]
     return {key: getattr(value, name or key) for key, _, name in pairs} if value else None
 

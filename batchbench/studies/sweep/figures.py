@@ -82,7 +82,7 @@ class Sheet:
 
 
 def _apart(values: Sequence[float], most: int, *, log: bool) -> list[float]:
-    """Choose the last value, and those that are ``1 / most`` of the axis before one another."""
+    """Choose the last value, and values before it that are ``1 / most`` of the axis apart."""
     places = np.log(values) if log else np.asarray(values, np.float64)
     step, chosen = 0.99 * (places[-1] - places[0]) / most, [len(values) - 1]
     for i in reversed(range(len(values) - 1)):

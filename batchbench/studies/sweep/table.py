@@ -174,7 +174,7 @@ class Cells:
     def span(self, metric: str) -> tuple[str, str]:
         """Return a metric's range under the last strategy, and the cell of its largest value.
 
-        As ``1.36× to 3.08×`` and ``, most at batch size 32``; empty if no cell has the metric.
+        Such as ``1.36× to 3.08×`` and ``, most at batch size 32``; empty if no cell has the metric.
         """
         is_last = self.typical["strategy"] == self.strategies[-1]
         values = self.typical.loc[is_last, metric].dropna()

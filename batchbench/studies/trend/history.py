@@ -42,7 +42,7 @@ Key = tuple[str, str]
 
 
 def higher_is_better(metric: str) -> bool:
-    """Return the direction of a metric; UsageError if it has none, or is none of a result."""
+    """Return the direction of a metric; UsageError for one that is unknown or has none."""
     if metric in _HIGHER_IS_BETTER:
         return _HIGHER_IS_BETTER[metric]
     raise UsageError(

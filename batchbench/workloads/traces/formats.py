@@ -393,8 +393,8 @@ def _time_unit(times: Sequence[float]) -> str:
         other = "s" if gap < 100 else "us"
         rates = _short(1000 / gap), _short(1e9 / (gap * TIME_UNITS[other]))
         raise TraceError(
-            f"times are {_short(gap)} apart on average, {rates[0]} requests/s in ms and {rates[1]} "
-            f"in {other}; give their unit with --trace-time-unit"
+            f"times are {_short(gap)} apart on average: {rates[0]} requests/s if in ms, {rates[1]} "
+            f"if in {other}; give their unit with --trace-time-unit"
         )
     return "ms"
 

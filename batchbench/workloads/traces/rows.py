@@ -25,7 +25,7 @@ MOST_BLANK_LINES = 10**6
 """Number of successive blank lines after which reading ends."""
 
 _MOST_BYTES = 2**26
-"""Maximum memory of the values of one line or element, estimated from its signs."""
+"""Maximum memory of the values of one line or element, estimated from its punctuation."""
 
 _CHUNK = 2**17
 

@@ -46,13 +46,13 @@ def kv_token_bytes(config: PretrainedConfig, dtype: torch.dtype) -> int:
 
 
 def aligned(length: int, device: torch.device) -> int:
-    """Return the cache positions for so many tokens: CUDA would copy masks that are not aligned."""
+    """Return ``length``, rounded up on CUDA, which would copy masks that are not aligned."""
     return -(-length // 16) * 16 if device.type == "cuda" else length
 
 
 FEW_TOKENS = 64
-"""Most tokens whose keys and values are written in one operation, which is too small to wake other
-threads. Rows of more tokens are spread over the threads (docs/log.md)."""
+"""Maximum number of tokens whose keys and values are written in one operation. An operation of this
+size wakes no other threads; rows of more tokens are spread over the threads (docs/log.md)."""
 
 
 class SlotLayer(CacheLayerMixin):

@@ -310,7 +310,7 @@ class PreparedMixed:
         self._inputs[self._size].fill(plan, prompt_ids)
 
     def run(self, plan: Plan, step: int) -> None:
-        """Compute the pass that was aimed, which is the only one of its plan; store its tokens."""
+        """Compute the pass that :meth:`aim` chose, the only one of its plan; store its tokens."""
         self._passes[self._size]()
         self.calls += 1
 

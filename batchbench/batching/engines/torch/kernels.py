@@ -80,9 +80,9 @@ class Native:
 
     @staticmethod
     def side_by_side(weight: Tensor) -> Tensor:
-        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, in turn 16 of each.
+        """Return a gate's outputs and those it multiplies, ``[2 × n, …]``, alternating 16 of each.
 
-        So a panel has both, filled up with zeros.
+        Each panel then has both. The last ones are padded with zeros.
         """
         n, half = len(weight) // 2, PANEL // 2
         blocks, rest = -(-n // half), weight.shape[1:]

@@ -76,7 +76,7 @@ class TeacherForced:
         return logits
 
     def _more_precise(self) -> torch.nn.Module:
-        """Return the weights in float32, or float64 if they are; on the host for lack of room."""
+        """Return the model in float32, or in float64 if it is float32; on the host if too large."""
         if self._precise is None:
             dtype = torch.float64 if self._model.dtype is torch.float32 else torch.float32
             device = self._model.device

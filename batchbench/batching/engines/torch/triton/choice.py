@@ -95,7 +95,7 @@ def _fault(
             warnings.simplefilter("ignore")  # Triton warns of its own defaults
             for what, seen, expected, within in _compared(device, dtype, shape, of):
                 if not torch.allclose(seen.float(), expected.float(), atol=within, rtol=within):
-                    return f"Triton computes other {what} than torch"
+                    return f"{what} of Triton and of torch differ"
     except Exception as error:  # from Triton, its compiler or the driver
         return " ".join(f"{type(error).__name__}: {error}".split())[:160]
     return None

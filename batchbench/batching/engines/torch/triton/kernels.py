@@ -1,7 +1,7 @@
 """The Triton kernels of a GPU's passes: attention over the slot cache, norms, and the next token.
 
 Every kernel is one launch. Lengths, slots and positions are read on the device, so a CUDA graph
-that holds these kernels is right for every length. ``ops.py`` has the functions that launch them.
+that holds these kernels is correct for every length. ``ops.py`` has the functions that launch them.
 The kernels use the part of the language that Triton 3.4 to 3.9 share, and its interpreter
 (``TRITON_INTERPRET=1``) runs them on a CPU.
 
