@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -164,9 +165,18 @@ def make_policy(name: str, *, max_wait_ns: int = 0) -> Policy:
     if here not in sys.path:  # as `python -m` does, so that a file of this folder can be named
         sys.path.insert(0, here)
     try:
-        policy: Policy = pkgutil.resolve_name(name)()
+        policy_class = pkgutil.resolve_name(name)
+        if not isinstance(policy_class, type):  # a function would be called, os:abort among them
+            raise UsageError(f"{place}: is not a class; {_POLICY}")
+        policy: Policy = policy_class()
+    except UsageError:
+        raise
     except (Exception, SystemExit) as error:  # the user's code may raise anything
-        raise UsageError(f"{place}: cannot be made: {spell_error(error)}; {_POLICY}") from error
+        why = f"cannot be made: {spell_error(error)}"
+        modules = list(accumulate(parts[:-1], "{}.{}".format))
+        if isinstance(error, ModuleNotFoundError) and (error.name or "") in modules:
+            why = f"there is no module {error.name}"
+        raise UsageError(f"{place}: {why}; {_POLICY}") from error
     for method in ("admit", "release"):
         if not callable(getattr(policy, method, None)):
             raise UsageError(f"{place}: has no method {method}(view); {_POLICY}")

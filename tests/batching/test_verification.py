@@ -15,7 +15,7 @@ from support.outputs import recording_of
 
 from batchbench.batching.batcher import Batcher
 from batchbench.batching.engines.notebook import NotebookEngine
-from batchbench.batching.engines.torch import attention
+from batchbench.batching.engines.torch import attention, forward
 from batchbench.batching.engines.torch.attention import SlotLayer
 from batchbench.batching.engines.torch.build import make_engine
 from batchbench.batching.engines.torch.forward import LeanForward
@@ -192,20 +192,23 @@ def _another_slot(block: Any, layout: attention.Layout) -> tuple[Any, attention.
 
 def slot_not_forgotten(patch: pytest.MonkeyPatch) -> None:
     """A prompt is written one position too far: the first is still the earlier occupant's."""
-    write = SlotLayer.write
+    attend = attention.attend
 
     def shifted(
-        layer: SlotLayer,
-        slots: torch.Tensor,
-        positions: torch.Tensor,
-        rows: torch.Tensor | None,
-        states: torch.Tensor,
-    ) -> None:
+        block: SlotLayer, q: Any, kv: Any, layout: attention.Layout, *rest: Any, **options: Any
+    ) -> torch.Tensor:
+        before = block.block.clone()
+        seen = attend(block, q, kv, layout, *rest, **options)
+        slots, positions = layout.slots, layout.positions
         if (positions == 0).any():
-            positions, rows = positions + 1, None
-        write(layer, slots, positions, rows, states)
+            block.block.copy_(before)
+            block.keys[slots, :, positions + 1], block.values[slots, :, positions + 1] = kv.unbind(
+                1
+            )
+        return seen
 
-    patch.setattr(SlotLayer, "write", shifted)
+    patch.setattr(attention, "attend", shifted)
+    patch.setattr(forward, "attend", shifted)
 
 
 def padding_seen(patch: pytest.MonkeyPatch) -> None:
@@ -303,11 +306,18 @@ def _kernels_read(
         return attend(own, qkv, seen, slots, at, *rest)
 
     def decoding(
-        own: Native, table: Any, x: Any, blocks: Blocks, slots: Any, positions: Any, angles: Any
+        own: Native,
+        table: Any,
+        of: Any,
+        x: Any,
+        blocks: Blocks,
+        slots: Any,
+        positions: Any,
+        angles: Any,
     ) -> None:
-        decode(own, table, x.clone(), blocks, slots, positions, angles)
+        decode(own, table, of, x.clone(), blocks, slots, positions, angles)
         seen, at = change(blocks, positions)
-        decode(own, table, x, seen, slots, at, angles)
+        decode(own, table, of, x, seen, slots, at, angles)
 
     def fault(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(Native, "attention", attention)

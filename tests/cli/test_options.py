@@ -21,6 +21,7 @@ from batchbench.reports.slo import parse_slos
 from batchbench.settings import option_name, parse, parse_float, parse_number, parse_whole, words_of
 from batchbench.studies.gate.check import rule_of as check_rule
 from batchbench.studies.gate.duet import rule_of as duet_rule
+from batchbench.studies.gate.evidence import MetricQuery
 from batchbench.studies.gate.spec import CheckSpec, CompareSpec, DuetSpec, parse_condition
 from batchbench.studies.predict.breakeven import MapSpec, usual_limits
 from batchbench.studies.sweep.grid import SWEPT, parse_numbers, words_of_axes
@@ -198,8 +199,10 @@ def test_five_is_five_percent_in_every_command() -> None:
     assert duet_rule(DuetSpec(floor=5.0, margin=9.0)).floor == pytest.approx(up)
     assert duet_rule(DuetSpec(floor=4.0, margin=5.0)).margin == pytest.approx(up)
     assert check_rule(checked, 1, other=True).floor == pytest.approx(up)
-    assert parse_condition("p99_ttft_ms > 5%").floor == pytest.approx(up)
-    assert parse_condition("output_throughput < -5.0 %").floor == pytest.approx(down)
+    for text, floor in (("p99_ttft_ms > 5%", up), ("output_throughput < -5.0 %", down)):
+        condition = parse_condition(text)
+        query = MetricQuery(condition.metric, "static", condition.share, True, condition)
+        assert query.log_floor == pytest.approx(floor)
     told = duet_rule(DuetSpec(floor=5.0, margin=9.0)).as_data()
     assert (told["floor_percent"], told["margin_percent"]) == pytest.approx((5.0, 9.0))
     typed = words_of(CompareSpec(floor=5.0, margin=0.5), CompareSpec(floor=1.0))
