@@ -105,15 +105,12 @@ BAD_OPTIONS = [
     ("--slo ttft:nan", "--slo ttft:nan: must be"),
     ("--slo ttft:5 --slo ttft:6", "--slo ttft:6: ttft has a limit already"),
     ("--strategy nope", "--strategy nope: no such strategy; --strategy help lists all"),
-    ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: sorts by output length"),
+    ("--strategy static-oracle --stop-at-eos", "--strategy static-oracle: needs output lengths"),
     ("--max-wait 5 --strategy continuous", "--max-wait 5: none of --strategy continuous waits"),
     ("--max-wait -1", "--max-wait -1: must be at least 0"),
-    (
-        "--strategy os:getcwd",
-        "--strategy os:getcwd: has no method admit(view)",
-    ),
+    ("--strategy os:getcwd", "--strategy os:getcwd: is not a class"),
     ("--strategy os:nope", "--strategy os:nope: "),
-    ("--strategy nowhere:Policy", "nowhere:Policy: cannot be made: ModuleNotFoundError: No module"),
+    ("--strategy nowhere:Policy", "nowhere:Policy: there is no module nowhere"),
     ("--strategy broken:Policy", "--strategy broken:Policy: cannot be made: ZeroDivisionError"),
     ("--strategy :", "--strategy :"),
     ("--strategy ,", "--strategy: name at least one"),
@@ -1051,7 +1048,7 @@ def test_report_draws_everything_again_without_torch(served: Served, tmp_path: P
         if file.suffix in (".png", ".svg", ".csv"):
             file.unlink()
     done = in_a_process("report", "mine", cwd=tmp_path, code=WITHOUT_TORCH)
-    assert (done.returncode, done.stderr) == (0, REMAKING)
+    assert (done.returncode, done.stderr[: len(REMAKING)]) == (0, REMAKING)
     assert done.stdout == served.done.stdout
     assert found_in(folder) == found_in(served.folder)
     for name in found_in(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -228,8 +229,8 @@ def make_table(
     )
     for i, name in enumerate(head):
         style = "dim" if name in ("%", "Unit") else ""
-        # A name of several words takes a line per word: five strategies fit into 80 columns.
-        text = Text(name.replace("-", "-\n") if i >= left else name)
+        # A strategy of two words takes two lines: five strategies fit into 80 columns.
+        text = Text(re.sub(r"-(?=\w{4})", "-\n", name) if i >= left else name)
         justify: Any = "left" if i < left else "right"
         table.add_column(text, justify=justify, style=style, overflow="fold")
     for row in rows:

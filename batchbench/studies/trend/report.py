@@ -280,7 +280,8 @@ def _mark_changes(axes: Axes, result: SeriesResult, place: dict[int, int]) -> No
 def _set_ticks(axes: Axes, entries: Sequence[Entry]) -> None:
     """Label the first, the last and some other results, as far as there is room."""
     longest = max(len(entry.label) for entry in entries)
-    most = max(2, min(len(entries), int(_POINTS / (_LETTER * longest + 10))))
+    # The outer two stand beside their marks, so each needs room for half a label more.
+    most = max(2, min(len(entries), int(_POINTS / (1.5 * _LETTER * longest + 10))))
     chosen = sorted({round(x) for x in np.linspace(0, len(entries) - 1, most)})
     axes.set_xticks(chosen, [clean_text(entries[x].label) for x in chosen])
     if len(chosen) > 1:
