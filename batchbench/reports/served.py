@@ -293,15 +293,15 @@ def _doubts_of_client(trials: Sequence[Recording]) -> dict[str, tuple[float, str
     reads_late = lag > LAG * (itl or float(np.median(np.concatenate(steps))))
     if itl and reads_late and not stamped:
         text = f"output waited up to {number(lag)} ms for the client (p99), {percent(lag / itl)} of"
-        text += f" the median ITL, without time stamps of the kernel: {_OWN_PROCESSOR}"
+        text += f" the median ITL, and the kernel gave no time stamps: {_OWN_PROCESSOR}"
         found["lag"] = lag / itl, text
     if merged > MERGED and reads_late:
-        text = f"{percent(merged)} of the output was read late, together with later output, and has"
-        found["merged"] = merged, f"{text} the later time: {_OWN_PROCESSOR}"
+        text = f"{percent(merged)} of the output was read late, together with later output, and got"
+        found["merged"] = merged, f"{text} its time: {_OWN_PROCESSOR}"
     elif merged > MERGED and not itl:
         text = f"the server buffers: {percent(merged)} of the output came together with later"
-        text += " output, and was not read late. TTFT and ITL show the buffer; turn it off in the"
-        found["buffered"] = merged, f"{text} server or its proxy"
+        text += " output, although the client read in time. TTFT and ITL include the buffering;"
+        found["buffered"] = merged, f"{text} turn it off in the server or its proxy"
     # Requests of other workloads wait for a place among those in flight, as they should.
     timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
     if timed and ttft and late > LATE * ttft:

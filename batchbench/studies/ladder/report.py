@@ -264,7 +264,7 @@ def table(data: Data) -> Table:
         "÷ notebook, ÷ generate_batch: times as fast, median over "
         f"{plural(rounds, 'round')}{with_interval}",
         f"step: a decode step of {data['card']['rows']} rows",
-        "÷ products: its time over that of its matrix products alone",
+        "÷ products: time of a decode step ÷ time of its matrix products alone",
         "memory limit: 100 % reads weights and KV at full memory bandwidth",
         "outside model: share of the time that is not the model's forward pass",
     ]
