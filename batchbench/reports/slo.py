@@ -26,7 +26,7 @@ class GoalsSpec:
     slo: tuple[str, ...] = setting(
         (),
         "Latency limit in milliseconds, such as ttft:500; also tpot:50 or e2el:3000. Repeat for "
-        "several limits. Results then have the share and the rate of requests that meet all limits.",
+        "several limits. Results then show the share and rate of requests that meet all limits.",
         "Goals",
         metavar="METRIC:MS",
     )
