@@ -165,7 +165,7 @@ class TrialsSpec:
     max_time: float | None = _measuring(
         None,
         "Time limit of the trials in seconds. A trial pair that would end later is not started; "
-        "a pair that exceeds the limit by over a tenth is dropped.",
+        "a pair that exceeds the limit by more than a tenth is dropped.",
         min=0.001,
         max=1e9,
         unit="seconds",

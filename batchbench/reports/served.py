@@ -196,7 +196,7 @@ def server_lines(facts: Facts) -> list[str]:
         parts.append("it counts forward passes")
     if server["stamps"] is not None:
         by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
-        parts.append(f"arrivals stamped by {by}")
+        parts.append(f"arrival times taken by {by}")
     if clients := server.get("clients"):
         parts.append(_clients_words(clients))
     failed = [f"Failed: {_failure(trial)}." for trial in facts.get("failures") or []]
@@ -228,8 +228,8 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     found = [f"{_failure(trial)}: its times are left out" for trial in failures]
     if running := server["running_before"]:
         found.append(
-            f"the server had {plural(running, 'request')} of other clients when a trial began: run "
-            "again when nobody else uses the server"
+            f"the server was serving {plural(running, 'request')} of other clients when a trial "
+            "began: run again when nobody else uses the server"
         )
     cached = {
         label_of(name, has_steps=False): sum(tokens or 0 for tokens in trials)

@@ -103,7 +103,7 @@ def _processor() -> Iterator[Finding]:
     size = "" if cache is None else f", {cache / 2**20:.0f} MiB of last-level cache"
     yield Finding("Processor", f"{cpu_name()}{size}")
     usable, allowed = usable_cores(), len(allowed_cpus())
-    text = f"{usable} in use" + (f" of {allowed}" if usable != allowed else "")
+    text = f"{usable} by default" + (f", of {allowed} processors" if usable != allowed else "")
     if variable := os.environ.get("OMP_NUM_THREADS"):
         text += f"; OMP_NUM_THREADS is {variable}"
     yield Finding("Threads", text)

@@ -152,7 +152,7 @@ def _latency(result: Result) -> str:
 
 
 def _outputs(checked: VerificationFacts, *, served: bool) -> str:
-    total, own = checked["requests_checked"], " to the model's own, unbatched," * served
+    total, own = checked["requests_checked"], " to unbatched generation" * served
     text = f"outputs identical{own} for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
         ties = plural(checked["numerical_ties"], "numerical tie")
@@ -419,7 +419,8 @@ def time_budget_table(result: Result) -> Table:
     if warm_up is not None:
         notes.append(f"a warm-up of {fixed(warm_up, decimals_of(warm_up))} s ran before all trials")
     if hidden := [name for name, budget in budgets.items() if budget is None]:
-        notes.append(f"{', '.join(hidden)} logs no steps")
+        verb = "logs" if len(hidden) == 1 else "log"
+        notes.append(f"{', '.join(hidden)} {verb} no steps")
     table = make_table(title, head, rows, notes=notes)
     for row_above in table.rows[-2:-1]:
         row_above.end_section = True  # a line above the total
