@@ -32,8 +32,8 @@ NAVIGATION = {
         "Can a cluster run my sweep?": "clusters",
     },
     "How to test servers": {
-        "Is my server batching continuously?": "probe",
-        "How much does batching gain on my server?": "servers",
+        "Does my server batch continuously?": "probe",
+        "How much does continuous batching gain on my server?": "servers",
         "How do I compare two servers or engines?": "compare-servers",
     },
     "How to use your own": {
@@ -43,9 +43,9 @@ NAVIGATION = {
         "Scheduling policy": "write-your-own-policy",
     },
     "How to find regressions": {
-        "Has it got worse since yesterday?": "ci",
+        "Is my branch slower than main?": "ci",
         "Which of two versions is faster?": "comparing",
-        "Which commit made it slower?": "trend",
+        "Which commit made my code slower?": "trend",
     },
     "How to use results": {
         "Show a result to others": "reports",

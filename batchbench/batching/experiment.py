@@ -46,14 +46,16 @@ def budget_of(slots: int) -> int:
 class ServingSpec:
     """Settings of the scheduler and the engine."""
 
-    batch_size: int = _serving(8, "Number of slots: requests computed together.", min=1, max=2**20)
+    batch_size: int = _serving(
+        8, "Number of slots: how many requests can run together.", min=1, max=2**20
+    )
     strategy: str = _serving(
         "static,continuous",
         "Strategies to compare, baseline first. static: batches of the waiting requests; "
         "static-fixed: waits for full batches; static-bucketed: sorted by prompt length; "
-        "static-oracle: sorted by output length as if known, the best case of static batching; "
-        "continuous; generate_batch: continuous batching of transformers; help: list all, also "
-        "those of installed plug-ins; or your own class as package.module:Policy.",
+        "static-oracle: sorted by output length as if it were known, the best case of static "
+        "batching; continuous; generate_batch: transformers' own continuous batching; help: list "
+        "all, including installed plug-ins; or your own class as package.module:Policy.",
         metavar="NAMES",
     )
     max_wait: float = _serving(
@@ -77,8 +79,9 @@ class ServingSpec:
     )
     prefill: str = _serving(
         "auto",
-        "Prefill of new requests. mixed: in the same pass as running requests (chunked prefill; "
-        "slots engine only); separate: in a pass of its own; auto: mixed if the engine can.",
+        "How new requests are prefilled. mixed: in the same pass as running requests (chunked "
+        "prefill; slots engine only); separate: in a pass of their own; auto: mixed if the engine "
+        "supports it.",
         choices=PREFILLS,
     )
     max_batched_tokens: int | None = _serving(
@@ -90,8 +93,8 @@ class ServingSpec:
     )
     execution: str = _serving(
         "auto",
-        "Execution of decode passes. eager: operation by operation; graph: replayed CUDA graphs; "
-        "compile: torch.compile; auto: graph on CUDA, else eager.",
+        "How decode passes run. eager: operation by operation; graph: as replayed CUDA graphs; "
+        "compile: with torch.compile; auto: graph on CUDA, else eager.",
         choices=EXECUTIONS,
     )
 
@@ -149,7 +152,10 @@ class TrialsSpec:
     """Settings of the measurement."""
 
     trials: int = _measuring(
-        4, "Number of trials of each strategy; the order alternates.", min=1, max=10_000
+        4,
+        "Number of trials of each strategy; the order of the strategies alternates.",
+        min=1,
+        max=10_000,
     )
     verify: str = _measuring(
         "all",
@@ -159,7 +165,7 @@ class TrialsSpec:
     max_time: float | None = _measuring(
         None,
         "Time limit of the trials in seconds. A trial pair that would end later is not started; "
-        "a pair that exceeds the limit by over a tenth is dropped.",
+        "a pair that exceeds the limit by more than a tenth is dropped.",
         min=0.001,
         max=1e9,
         unit="seconds",

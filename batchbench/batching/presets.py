@@ -88,15 +88,15 @@ class Basis:
 
     preset: str = setting(
         NOTEBOOK,
-        "Preset to start from; options override it, and batchbench workload list describes each.",
+        "Preset to start from; other options override it. batchbench workload list describes all.",
         "Start from",
         choices=tuple(PRESETS),
         metavar="NAME",
     )
     workload: Path | None = setting(
         None,
-        "TOML file with workload options, written with underscores; it overrides the preset, and "
-        "options override it.",
+        "TOML file with workload options, their names written with underscores. It overrides the "
+        "preset; options of the command override it.",
         "Start from",
         metavar="FILE.toml",
     )

@@ -31,7 +31,7 @@ class CostSpec:
 
     cost: Path | None = setting(
         None,
-        "Folder of a result of batchbench run. Step times are fitted on its steps, so simulated "
+        "Folder of a result of batchbench run. Step times are fitted to its steps, so simulated "
         "times are predictions. The result's model is used unless --model is given.",
         "Simulation",
         metavar="RESULT",

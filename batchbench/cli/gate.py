@@ -54,7 +54,7 @@ class GateOutputSpec:
 
     strict: bool = setting(
         False,
-        "Exit with code 3 if the answer is 'cannot tell'; otherwise with 0 and a warning.",
+        "Exit with code 3 if the answer is 'cannot tell'; the default is 0 with a warning.",
         "Output",
     )
     verbose: bool = setting(
@@ -184,7 +184,7 @@ def _recording(record: RecordSpec, name: str) -> AbstractContextManager[Path]:
 DUET_HELP = """Compare another installation of batchbench with this one, in alternating
 turns.
 
-Both serve the same workload in processes of their own. The processes take
+Each serves the same workload in its own process. The two processes take
 turns of about 0.2 s and are replaced every few seconds, so that noise
 affects both sides alike. The comparison stops as soon as the answer is
 clear; a loss is confirmed by a second series. Exit code 1: this installation

@@ -29,8 +29,8 @@ from batchbench.version import __version__
 
 COMMANDS = {
     "run": "Run a workload with static and continuous batching, and compare them.",
-    "simulate": "Count the steps that run would take, without a model, in seconds.",
-    "predict": "Predict other batch sizes from a result, and find where more slots stop helping.",
+    "simulate": "Count the steps that run would take; this needs no model and takes seconds.",
+    "predict": "Predict the speed at other batch sizes, and find where more slots stop helping.",
     "breakeven": "Map where continuous batching wins and where static batching wins.",
     "sweep": "Run a grid of experiments: any option of run may have many values.",
     "ladder": "Compare engines, from the notebook's loop to the limits of this hardware.",

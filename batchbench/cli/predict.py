@@ -25,10 +25,10 @@ from batchbench.studies.sweep.grid import parse_numbers
 if TYPE_CHECKING:
     from batchbench.studies.predict.fitted import FittedRun
 
-PREDICT_HELP = """Predict other batch sizes from a result, and find where more slots stop helping.
+PREDICT_HELP = """Predict the speed at other batch sizes, and find where more slots stop helping.
 
-Step costs are fitted to the run. The same scheduler then serves its requests with each number of
-slots on a virtual clock.
+Step costs are fitted to the run of a result. The same scheduler then serves its requests on a
+virtual clock, once for each number of slots.
 
 Example: batchbench predict batchbench-results/my-run --batch-size 1:64"""
 
@@ -61,15 +61,15 @@ class PredictSpec(Spec):
     )
     queue_size: int | None = setting(
         None,
-        "Requests to serve, repeating those of the result.",
+        "Number of requests to serve; those of the result are repeated.",
         "Prediction",
         min=1,
         max=10**8,
-        default_text="those of the result; at least 8 for each slot of the largest batch",
+        default_text="as many as in the result, but at least 8 per slot of the largest batch",
     )
     output: Path | None = folder_setting(
         "predict.json, predict.csv and the picture",
-        "predict in the result's folder, which is replaced",
+        "the folder predict in RESULT, which is replaced",
     )
     overwrite: bool = setting(False, "Replace the prediction in the output folder.", "Output")
     json: bool = setting(False, "Print only predict.json.", "Output")
@@ -123,7 +123,7 @@ class BreakevenSpec(Spec):
         _PANEL,
         metavar="X,…|all",
     )
-    mean_tokens: int = setting(48, "Mean of output lengths.", _PANEL, min=2, max=10**6)
+    mean_tokens: int = setting(48, "Mean output length in tokens.", _PANEL, min=2, max=10**6)
     prompt_tokens: int = setting(16, "Tokens of each prompt.", _PANEL, min=1, max=10**6)
     batches: int = setting(
         8, "Number of requests per cell, as a multiple of its batch size.", _PANEL, min=2, max=10**6
@@ -140,19 +140,21 @@ class BreakevenSpec(Spec):
     )
     seed: int = setting(
         0,
-        "Seed of lengths, prompts, arrivals, dummy weights and of the choice of measured cells.",
+        "Seed for lengths, prompts, arrivals, dummy weights and the choice of measured cells.",
         _PANEL,
         min=0,
         max=2**63 - 1,
     )
     measure: int = setting(
         0,
-        "Number of cells, drawn at random, that are also measured.",
+        "Number of cells to measure as well; they are drawn at random.",
         "Measuring",
         min=0,
         max=10_000,
     )
-    trials: int = setting(2, "Trials of each measured cell.", "Measuring", min=1, max=10_000)
+    trials: int = setting(
+        2, "Number of trials of each measured cell.", "Measuring", min=1, max=10_000
+    )
     output: Path | None = folder_setting(
         "breakeven.json, breakeven.csv, the picture and the finished cells",
         "batchbench-results/<time>-breakeven",

@@ -19,7 +19,7 @@ from batchbench.settings import setting
 
 PROBE_HELP = """Find out if a server batches continuously, and how many slots it has.
 
-The server needs OpenAI's API of completions or chat completions. The answer is continuous, static,
+The server must have OpenAI's completions or chat completions API. The answer is continuous, static,
 serial or cannot tell, with the observations of each test. A probe sends up to several hundred short
 requests, so run it when nobody else uses the server. Exit code 0; 1 if a request failed; 2 if the
 server cannot be reached; 3 if it cannot tell, with --strict.
@@ -43,7 +43,7 @@ class ProbeSpec:
     )
     max_time: float = setting(
         60.0,
-        "Seconds after which the probe stops and uses the observations that it has.",
+        "Seconds after which the probe stops and judges by what it has observed.",
         _PANEL,
         min=1.0,
         max=86_400.0,

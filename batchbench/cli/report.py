@@ -49,7 +49,7 @@ Example: batchbench report batchbench-results/my-run --format html"""
 
 WATCH_HELP = """Replay a result: watch slots fill and empty, with the strategies side by side.
 
-It shows each strategy's trial with the median duration. By default, the longest trial takes about
+For each strategy it shows the trial of median duration. By default, the longest trial takes about
 12 s. The last frame stays on the screen. Ctrl-C stops the replay. --gif writes the replay to a file
 for slides.
 

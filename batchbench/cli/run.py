@@ -35,10 +35,10 @@ The outputs are checked against unbatched generation.
 
 Example: batchbench run --batch-size 8 --queue-size 32"""
 
-SIMULATE_HELP = """Count the steps that run would take, without a model, in seconds.
+SIMULATE_HELP = """Count the steps that run would take; this needs no model and takes seconds.
 
-Every step takes one unit of time (1 ms). With --cost RESULT, steps take the times that were
-measured in that run, so that durations and latencies are predictions.
+Every step takes one unit of time (1 ms). With --cost RESULT, step times are fitted to that run, so
+that durations and latencies are predictions.
 
 Example: batchbench simulate --batch-size 8 --queue-size 32"""
 

@@ -50,7 +50,7 @@ class SweepSpec(Spec):
         False, "Serve on a virtual clock, as simulate does, with one trial per cell.", "Sweep"
     )
     retry_failed: bool = setting(
-        False, "Retry cells that failed, such as a batch that did not fit.", "Sweep"
+        False, "Retry cells that failed, such as a batch that did not fit into memory.", "Sweep"
     )
     dry_run: bool = setting(
         False, "List the cells with their forward passes; run nothing.", "Sweep"
@@ -218,7 +218,7 @@ def _without_rate(given: Mapping[str, Any], study: CapacitySpec) -> Experiment:
 
 LADDER_HELP = """Compare engines, from the notebook's loop to the limits of this hardware.
 
-All engines serve the same workload in turn. Each makes one change to the engine before it.
+All engines serve the same workload in turn. Each differs from an earlier one by a single change.
 
 Example: batchbench ladder --rungs notebook,generate_batch,packed"""
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 TREND_HELP = """Find the commits at which performance changed, from saved results.
 
 Results are ordered by time and grouped by workload, configuration, machine and versions; small
-losses that add up are found too. Exit code 0; 1 after a loss with --fail-on-loss; 2 without
-results.
+losses that add up are found too. Exit code 1: a loss was found, with --fail-on-loss; 2: there are
+no results; 3: there are too few results, with --fail-on-loss --strict; otherwise 0.
 
 Example: batchbench trend batchbench-results"""
 
@@ -33,7 +33,7 @@ def trend(
         list[Path],
         typer.Argument(
             metavar="DIR",
-            help="Results, or folders that hold results at any depth.",
+            help="Results, or folders with results at any depth.",
             show_default=False,
         ),
     ],

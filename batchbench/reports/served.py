@@ -196,7 +196,7 @@ def server_lines(facts: Facts) -> list[str]:
         parts.append("it counts forward passes")
     if server["stamps"] is not None:
         by = {"kernel": "the kernel", "user": "the client"}[server["stamps"]]
-        parts.append(f"arrivals stamped by {by}")
+        parts.append(f"arrival times taken by {by}")
     if clients := server.get("clients"):
         parts.append(_clients_words(clients))
     failed = [f"Failed: {_failure(trial)}." for trial in facts.get("failures") or []]
@@ -228,8 +228,8 @@ def doubts(facts: Facts, recordings: Recordings) -> list[str]:
     found = [f"{_failure(trial)}: its times are left out" for trial in failures]
     if running := server["running_before"]:
         found.append(
-            f"the server had {plural(running, 'request')} of other clients when a trial began: run "
-            "again when nobody else uses the server"
+            f"the server was serving {plural(running, 'request')} of other clients when a trial "
+            "began: run again when nobody else uses the server"
         )
     cached = {
         label_of(name, has_steps=False): sum(tokens or 0 for tokens in trials)
@@ -293,15 +293,15 @@ def _doubts_of_client(trials: Sequence[Recording]) -> dict[str, tuple[float, str
     reads_late = lag > LAG * (itl or float(np.median(np.concatenate(steps))))
     if itl and reads_late and not stamped:
         text = f"output waited up to {number(lag)} ms for the client (p99), {percent(lag / itl)} of"
-        text += f" the median ITL, without time stamps of the kernel: {_OWN_PROCESSOR}"
+        text += f" the median ITL, and the kernel gave no time stamps: {_OWN_PROCESSOR}"
         found["lag"] = lag / itl, text
     if merged > MERGED and reads_late:
-        text = f"{percent(merged)} of the output was read late, together with later output, and has"
-        found["merged"] = merged, f"{text} the later time: {_OWN_PROCESSOR}"
+        text = f"{percent(merged)} of the output was read late, together with later output, and got"
+        found["merged"] = merged, f"{text} its time: {_OWN_PROCESSOR}"
     elif merged > MERGED and not itl:
         text = f"the server buffers: {percent(merged)} of the output came together with later"
-        text += " output, and was not read late. TTFT and ITL show the buffer; turn it off in the"
-        found["buffered"] = merged, f"{text} server or its proxy"
+        text += " output, although the client read in time. TTFT and ITL include the buffering;"
+        found["buffered"] = merged, f"{text} turn it off in the server or its proxy"
     # Requests of other workloads wait for a place among those in flight, as they should.
     timed = trials[0].header.strategy == "continuous" and trials[0].requests.due_ns.any()
     if timed and ttft and late > LATE * ttft:

@@ -26,13 +26,13 @@ class GoalsSpec:
     slo: tuple[str, ...] = setting(
         (),
         "Latency limit in milliseconds, such as ttft:500; also tpot:50 or e2el:3000. Repeat for "
-        "several limits. Adds the share and the rate of requests that meet all of them.",
+        "several limits. Results then show the share and rate of requests that meet all limits.",
         "Goals",
         metavar="METRIC:MS",
     )
     price_per_hour: float | None = setting(
         None,
-        "Price of the machine per hour; adds the cost of a million output tokens.",
+        "Price of the machine per hour; results then have the cost of a million output tokens.",
         "Goals",
         min=0.0,
         max=1e9,

@@ -53,7 +53,7 @@ def audit(
     if verification.wrong:
         reasons.append(wrong_tokens(verification.wrong))
     if not warm_up.settled and warm_up.last_change is not None:
-        watched = "E2E latency of its requests" if served else "step"
+        watched = "E2E latency of its requests" if served else "step time"
         reasons.append(
             f"warm-up had not settled: the median {watched} still changed by "
             f"{percent(warm_up.last_change, sign='+')} after {warm_up.rounds} rounds"

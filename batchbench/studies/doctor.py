@@ -103,7 +103,7 @@ def _processor() -> Iterator[Finding]:
     size = "" if cache is None else f", {cache / 2**20:.0f} MiB of last-level cache"
     yield Finding("Processor", f"{cpu_name()}{size}")
     usable, allowed = usable_cores(), len(allowed_cpus())
-    text = f"{usable} in use" + (f" of {allowed}" if usable != allowed else "")
+    text = f"{usable} by default" + (f", of {allowed} processors" if usable != allowed else "")
     if variable := os.environ.get("OMP_NUM_THREADS"):
         text += f"; OMP_NUM_THREADS is {variable}"
     yield Finding("Threads", text)
@@ -115,9 +115,9 @@ def _processor() -> Iterator[Finding]:
         text = "torch's own, which are slower: g++ is missing"
         yield Finding("CPU kernels", text, mend)
     else:
-        widened = "" if processor.multiplies_bfloat16 else " (widened)"
+        widened = "" if processor.multiplies_bfloat16 else ", widened to float32"
         bits = "AMX" if processor.has_amx else f"AVX-512{widened}"
-        yield Finding("CPU kernels", f"batchbench's, compiled by {compiler}; bfloat16 by {bits}")
+        yield Finding("CPU kernels", f"batchbench's, compiled by {compiler}; bfloat16 uses {bits}")
     total, free = psutil.virtual_memory().total / 2**30, free_host_bytes() / 2**30
     yield Finding("Memory", f"{free:.1f} GiB free of {total:.1f} GiB")
     packages = len(rapl_packages())
@@ -134,7 +134,8 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("GPU", f"{name}, driver {driver}, {used} of {total} in use")
     if listed and "CUDA" not in _built_for():
         text = f"torch is built for {_built_for()}, so it cannot use the GPU"
-        yield Finding("CUDA", text, "see pytorch.org/get-started for its CUDA build", fault=True)
+        mend = "install torch's CUDA build; see pytorch.org/get-started"
+        yield Finding("CUDA", text, mend, fault=True)
     if not listed:
         is_apple = sys.platform == "darwin" and platform.machine() == "arm64"
         yield Finding("GPU", "Apple's (MPS)" if is_apple else "no NVIDIA GPU, or no driver")

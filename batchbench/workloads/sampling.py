@@ -14,7 +14,7 @@ class Sampling:
 
     A token is drawn from softmax(logits / temperature). ``top_k`` keeps the most likely tokens, all
     if it is 0; of these, ``top_p`` keeps the most likely ones that together have at least this
-    probability. Tokens of equal logits are kept or cut together.
+    probability. Tokens with equal logits are kept or removed together.
     """
 
     temperature: float

@@ -86,7 +86,7 @@ class WorkloadSpec:
     )
     prompts: Path | None = setting(
         None,
-        "Text file with one prompt per line; they are repeated to fill the queue.",
+        "Text file with one prompt per line; the prompts are repeated to fill the queue.",
         _PANEL,
         metavar="FILE",
         excludes=("prompt_tokens", "trace", "shared_prefix_tokens"),
@@ -101,15 +101,16 @@ class WorkloadSpec:
     )
     shared_prefix_tokens: int = setting(
         0,
-        "Number of tokens at the start of random prompts that are the same in all of them.",
+        "Number of tokens at the start that all random prompts have in common.",
         _PANEL,
         min=0,
         max=10**9,
     )
     overlong: str = setting(
         "error",
-        "Requests longer than the model's context: error; clip them (outputs first); scale all "
-        "lengths by one factor so that the longest possible request fits; skip them.",
+        "What happens to requests longer than the model's context. error: the command stops; "
+        "clip: they are shortened, outputs first; scale: one factor shortens all requests so that "
+        "the longest possible one fits; skip: they are left out.",
         _PANEL,
         choices=("error", "clip", "scale", "skip"),
     )
@@ -146,7 +147,7 @@ class WorkloadSpec:
     )
     seed: int = setting(
         0,
-        "Seed of lengths, prompts, arrivals, sampled tokens (each has its own random stream) and "
+        "Seed for lengths, prompts, arrivals, sampled tokens (each has its own random stream) and "
         "dummy weights.",
         _PANEL,
         min=0,
@@ -170,7 +171,7 @@ class WorkloadSpec:
     )
     arrivals: str | None = setting(
         None,
-        f"{ARRIVALS_GRAMMAR}.",
+        f"Arrival process: {ARRIVALS_GRAMMAR}.",
         _ARRIVALS,
         metavar="PROCESS",
         default_text="poisson with a rate, trace with a trace, else at-once",
@@ -185,7 +186,7 @@ class WorkloadSpec:
     )
     trace: Path | None = setting(
         None,
-        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file that workload save wrote.",
+        "Replay a trace: ShareGPT, Azure, BurstGPT, Mooncake, or a file made by workload save.",
         _TRACE,
         metavar="FILE",
         excludes=_CLASSIC,
@@ -225,7 +226,8 @@ class WorkloadSpec:
     )
     on_bad_row: str | None = setting(
         None,
-        "Invalid rows of a trace: error, or skip them and report how many.",
+        "What happens to invalid rows of a trace. error: the command stops; skip: they are left "
+        "out and counted.",
         _TRACE,
         choices=("error", "skip"),
         metavar="WHAT",

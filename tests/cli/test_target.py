@@ -322,7 +322,7 @@ def test_output_that_comes_at_once_has_no_latency_over_unloaded(
     said = program("run", "--target", URL, *CLASSIC, "--trials", "1", "--output", "out")
     assert said.code == 0, said.err
     out = " ".join(said.out.split())
-    assert "each output came at once: ITL, TPOT and E2E ÷ unloaded are not known" in out
+    assert "each output came in one piece: ITL, TPOT and E2E ÷ unloaded are not known" in out
     assert "E2E ÷ unloaded," not in out
     warm_up = data_in(Path("out"))["warm_up"]
     assert warm_up["step_ns"] < 30 * MS  # a pass takes 10 to 15

@@ -189,7 +189,7 @@ def test_a_sweep_on_unlike_machines_is_marked_as_suspect() -> None:
     machines = ["X none, torch 2.9 (a, b)", "X H100, torch 2.9 (b)"]
     assert notes(unlike, None, {}) == [
         f"suspect: cells ran on 2 kinds of machines ({'; '.join(machines)}), so compare strategies "
-        "within a cell, not cells"
+        "within a cell, not across cells"
     ]
     assert json.loads(to_json(unlike, "", {}))["machines"] == machines
     styles = [str(render(s, None, {}).renderables[0].style) for s in (alike, unlike)]  # type: ignore[attr-defined]

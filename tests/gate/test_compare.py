@@ -510,9 +510,9 @@ def test_a_suspect_result_is_compared_on_its_work_alone() -> None:
         if each.kind is not Kind.WORK:
             assert each.verdict is Verdict.UNKNOWN
             assert each.why == (
-                "was not compared: new is stamped suspect: other processes kept 1.5 cores busy"
+                "was not compared: new is marked suspect: other processes kept 1.5 cores busy"
             )
-    assert "stamped suspect" in gate.sentence
+    assert "marked suspect" in gate.sentence
     slower = counted(suspect, "static", "forward_passes", 1)
     assert gate_of(side(clean().data), side(slower)).answer is Answer.FAILED
 
@@ -524,7 +524,7 @@ def test_of_several_runs_the_suspect_ones_count_for_work_alone() -> None:
     gate = gate_of(base, side(*new, wild, label="new"))
     told = found(gate, "continuous.speedup")
     assert told.samples == (5, 5)
-    assert any("1 of 6 runs of new stamped suspect" in note for note in gate.notes)
+    assert any("1 of 6 runs of new are marked suspect" in note for note in gate.notes)
     gate = gate_of(base, side(*new, counted(wild, "static", "decode_passes", 1), label="new"))
     assert [e.name for e in gate.failures] == ["static.decode_passes"]
 

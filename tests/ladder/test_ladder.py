@@ -480,8 +480,8 @@ def test_the_card_stands_on_its_own() -> None:
     lines = card_lines(make_card(ceilings))
     text = "\n".join(lines)
     assert "31.7 GB/s read, 2 threads; measured on a buffer of 1,024 MiB," in text
-    assert "3.9 × the last-level cache (too little): sum, median of 7" in text
-    assert "limit    16.3 ms per decode step by memory: (weights + KV) / bandwidth" in text
+    assert "3.9 × the last-level cache (too small): sum, median of 7" in text
+    assert "limit    16.3 ms per memory-bound decode step: (weights + KV) / bandwidth" in text
     assert "ceiling  324 tokens/s, limited by arithmetic" in text
     assert "ceiling  982 tokens/s, limited by memory" in text
     assert max(map(len, lines)) <= 80
@@ -495,8 +495,8 @@ def test_the_card_of_a_gpu_names_launching() -> None:
     lines = card_lines(card)
     text = "\n".join(lines)
     assert "products 0.27 ms for the step's matrix products alone" in text
-    assert "compute  0.0025 ms for them at the rate of a large product" in text
-    assert "launch   0.17 ms for as many products with almost no work" in text
+    assert "compute  0.0025 ms for these products at the rate of a large one" in text
+    assert "launch   0.17 ms for as many products of almost no work" in text
     assert "ceiling  29,630 tokens/s, limited by launching" in text
     assert max(map(len, lines)) <= 80
     found = card["formats"]["bfloat16"]

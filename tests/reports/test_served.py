@@ -126,7 +126,7 @@ def test_the_sentence_says_in_waves_and_whose_count_it_is() -> None:
 def test_the_sentence_says_with_what_outputs_were_compared() -> None:
     checked = sentence(served_result(verification=PASSED))
     assert (
-        "; outputs identical to the model's own, unbatched, for 32/32 requests; both strategies "
+        "; outputs identical to unbatched generation for 32/32 requests; both strategies "
         "gave the same output for 32/32 requests; run valid."
     ) in checked
 
@@ -170,8 +170,8 @@ def test_cached_tokens_make_a_run_suspect() -> None:
 
 def test_a_server_that_is_busy_at_the_start_makes_a_run_suspect() -> None:
     assert reasons(served_result(server=replace(SERVER, running_before=2))) == [
-        "the server had 2 requests of other clients when a trial began: run again when nobody else "
-        "uses the server"
+        "the server was serving 2 requests of other clients when a trial began: run again when "
+        "nobody else uses the server"
     ]
 
 

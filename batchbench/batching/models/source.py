@@ -43,7 +43,7 @@ class ModelSpec:
     load_format: str = _model(
         "auto",
         "Weights to load: pretrained; dummy (right shapes, seeded random values); or auto: from "
-        "the local cache, else the hub, else dummy for the five known names.",
+        "the local cache, else the hub, else dummy for the five GPT-2 names of --model.",
         choices=("auto", "pretrained", "dummy"),
     )
     revision: str | None = _model(

@@ -78,16 +78,16 @@ class TargetSpec:
 
     target: str | None = setting(
         None,
-        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; it needs "
-        "OpenAI's API of completions or chat completions. --model is then the server's name for "
-        "its model; a server with a single model does not need it.",
+        "Server to measure instead of our own engine, such as http://127.0.0.1:8000; it must have "
+        "OpenAI's completions or chat completions API. --model is then the server's name for its "
+        "model; leave it out if the server has only one.",
         _PANEL,
         metavar="URL",
         resets=("model",),
     )
     endpoint: str = setting(
         COMPLETIONS,
-        f"Endpoint that takes the requests: {COMPLETIONS}, or {CHAT} (needs prompts of text).",
+        f"Endpoint that takes the requests: {COMPLETIONS}, or {CHAT} (needs prompts as text).",
         _PANEL,
         choices=(COMPLETIONS, CHAT),
         metavar="PATH",
@@ -108,7 +108,7 @@ class TargetSpec:
         variable=API_KEY,
     )
     extra_body: str | None = setting(
-        None, "JSON object with more fields for every request.", _PANEL, metavar="JSON"
+        None, "JSON object of fields to add to every request.", _PANEL, metavar="JSON"
     )
     timeout: float = setting(
         120.0,

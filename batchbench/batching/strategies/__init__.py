@@ -29,11 +29,11 @@ _ABOUT: Mapping[str, str] = {
     "static": "batches of the waiting requests",
     "static-fixed": "static, and each batch waits until it is full",
     "static-bucketed": "static, sorted by prompt length",
-    "static-oracle": "static, sorted by output length as if known: its best case",
+    "static-oracle": "static, sorted by output length, if it could be known",
     "continuous": "a finished request is replaced at the next step",
-    "generate_batch": "continuous batching of transformers",
-    "vllm": "continuous batching of vLLM's engine, in this process",
-    "vllm-static": "the same engine, one batch after another",
+    "generate_batch": "transformers' own continuous batching",
+    "vllm": "vLLM's own continuous batching, in this process",
+    "vllm-static": "vLLM's engine, one batch after another",
 }
 
 GENERATE_BATCH_SAMPLES = (
@@ -45,8 +45,8 @@ GENERATE_BATCH_SAMPLES = (
 def listing() -> list[str]:
     """Return the lines of ``--strategy help``; no plug-in is imported."""
     rows = list(_ABOUT.items())
-    rows += [(plug_in.name, f"of the package {plug_in.package}") for plug_in in registered()]
-    rows.append(("package.module:Class", "your own policy, of a file in this folder or installed"))
+    rows += [(plug_in.name, f"from the package {plug_in.package}") for plug_in in registered()]
+    rows.append(("package.module:Class", "your own policy, in a file in this folder or installed"))
     width = max(len(name) for name, _ in rows)
     return [f"{name:{width}}  {about}" for name, about in rows]
 

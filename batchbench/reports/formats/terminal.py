@@ -152,7 +152,7 @@ def _latency(result: Result) -> str:
 
 
 def _outputs(checked: VerificationFacts, *, served: bool) -> str:
-    total, own = checked["requests_checked"], " to the model's own, unbatched," * served
+    total, own = checked["requests_checked"], " to unbatched generation" * served
     text = f"outputs identical{own} for {checked['identical']}/{total} requests"
     if checked["numerical_ties"]:
         ties = plural(checked["numerical_ties"], "numerical tie")
@@ -270,7 +270,7 @@ _ROWS_OF_ARRIVALS = (
     _Row("Queue time mean", "ms", "mean_queue_ms", "queue time: arrival to first step"),
     _Row("Queue time p99", "ms", "p99_queue_ms"),
     _Row("Arrival rate", "req/s", "arrival_rate"),
-    _Row("Arrival lag mean", "ms", "mean_arrival_lag_ms", "arrival lag: due until noticed"),
+    _Row("Arrival lag mean", "ms", "mean_arrival_lag_ms", "arrival lag: from due to noticed"),
     _Row("Arrival lag p99", "ms", "p99_arrival_lag_ms"),
 )
 """Rows of workloads whose requests arrive over time."""
@@ -366,7 +366,7 @@ def _notes(result: Result) -> list[str]:
     lines += [] if note is None else [note]
     classes = strategies[result.names[0]]["by_output_length"]
     if result.served and all(length["mean_slowdown"] is None for length in classes):
-        lines.append("each output came at once: ITL, TPOT and E2E ÷ unloaded are not known")
+        lines.append("each output came in one piece: ITL, TPOT and E2E ÷ unloaded are not known")
     return lines
 
 
@@ -417,9 +417,10 @@ def time_budget_table(result: Result) -> Table:
         notes.append("the trial of median duration" if trials % 2 else "mean of the middle trials")
     warm_up = next((one["warm_up_s"] for one in explain["strategies"].values() if one), None)
     if warm_up is not None:
-        notes.append(f"before all trials a warm-up of {fixed(warm_up, decimals_of(warm_up))} s")
+        notes.append(f"a warm-up of {fixed(warm_up, decimals_of(warm_up))} s ran before all trials")
     if hidden := [name for name, budget in budgets.items() if budget is None]:
-        notes.append(f"{', '.join(hidden)} logs no steps")
+        verb = "logs" if len(hidden) == 1 else "log"
+        notes.append(f"{', '.join(hidden)} {verb} no steps")
     table = make_table(title, head, rows, notes=notes)
     for row_above in table.rows[-2:-1]:
         row_above.end_section = True  # a line above the total

@@ -82,7 +82,7 @@ def _latency(run: PeerRun, name: str) -> list[str]:
 def notes(named: Named) -> Iterator[str]:
     runs = [run for _, file in named for run in file.runs]
     for label, file in named:
-        yield from (f"{label} is stamped suspect: {doubt}." for doubt in file.doubts[:1])
+        yield from (f"{label} is marked suspect: {doubt}." for doubt in file.doubts[:1])
     if any(run.latencies for run in runs):
         yield (
             "Statistics are computed from single requests where a file holds them. An interval "

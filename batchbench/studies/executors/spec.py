@@ -37,8 +37,9 @@ class ExecutorSpec:
 
     executor: str = setting(
         "local",
-        "Where independent parts run. local: on this machine, one after the other; ray: on a Ray "
-        "cluster, one on each GPU, or on each node without GPUs; slurm: each as a Slurm job.",
+        "Where independent parts of the work run. local: on this machine, one after the other; "
+        "ray: on a Ray cluster, one on each GPU, or on each node without GPUs; slurm: each as a "
+        "Slurm job.",
         _PANEL,
         choices=EXECUTORS,
     )
@@ -54,7 +55,7 @@ class ExecutorSpec:
     )
     slurm_time: int | None = setting(
         None,
-        "Time limit of a Slurm job in minutes.",
+        "Time limit of each Slurm job in minutes.",
         _PANEL,
         min=1,
         max=10**6,
@@ -62,7 +63,7 @@ class ExecutorSpec:
         default_text=str(MINUTES),
     )
     slurm_gpus: int | None = setting(
-        None, "GPUs of a Slurm job.", _PANEL, min=0, max=64, default_text="0, for a whole node"
+        None, "GPUs per Slurm job.", _PANEL, min=0, max=64, default_text="0, for a whole node"
     )
     parallel: int | None = setting(
         None,
@@ -81,7 +82,7 @@ class ExecutorSpec:
     )
     any_hardware: bool = setting(
         False,
-        "Use all machines; the report marks cells of unlike machines as suspect.",
+        "Use all machines; the report marks cells as suspect if their machines differ.",
         _PANEL,
     )
 

@@ -441,7 +441,7 @@ def _times(
     busy = fmean(process.busy for process in session.processes)
     queries = _queries(baseline, rule)
     for name, decision in decisions.items():
-        why = None if decision.is_sure else "is too uncertain in this time"
+        why = None if decision.is_sure else "is still too uncertain after this time"
         if session.reports[0].on_cpu and busy > BUSY:
             decision = replace(decision, verdict=Verdict.UNKNOWN)
             why = f"is in doubt: other processes used the core in {busy:.0%} of the turns"

@@ -423,7 +423,7 @@ def _compare(query: MetricQuery, base: Runs, new: Runs, rule: Rule) -> Evidence:
         return _without_verdict(query, None, None, "has a trial without a value above 0")
     if suspect:
         reason = suspect.runs[0].reasons[0]
-        stamped = f"was not compared: {suspect.label} is stamped suspect: {reason}"
+        stamped = f"was not compared: {suspect.label} is marked suspect: {reason}"
         return _without_verdict(query, then, now, stamped)
     if base.first["simulated"]:
         change, verdict = now.mean - then.mean, Verdict.SAME
@@ -528,8 +528,8 @@ def _notes(
     for side in (base, new):
         if (suspect := len(side.runs) - len(side.valid)) and side.valid:
             yield (
-                f"{suspect} of {len(side.runs)} runs of {side.label} stamped suspect: only their "
-                "counts and outputs are compared."
+                f"{suspect} of {len(side.runs)} runs of {side.label} are marked suspect: only "
+                "their counts and outputs are compared."
             )
     if unlike:
         ratios = "Speed-ups are not gated either; --allow-environment-mismatch gates them."

@@ -476,7 +476,7 @@ def _time(result: DuetResult, strategy: str) -> Evidence:
     if fault := series.contamination:
         decision, why = replace(decision, verdict=Verdict.UNKNOWN), f"was not compared: {fault}"
     elif decision.verdict is Verdict.UNKNOWN:
-        why = "is too uncertain in this time"
+        why = "is still too uncertain after this time"
         if len(pairs) < FEWEST:
             so_far = plural(len(pairs), "pair")
             why = f"cannot be decided from {so_far} of processes; raise --max-time"
@@ -518,7 +518,7 @@ def _notes(result: DuetResult, *, changed: bool) -> Iterator[str]:
     for name in series.strategies:
         covered = min((len(pair.turns[name]) - 1) / pair.pieces[name] for pair in series.pairs)
         if covered < 1:
-            yield f"a trial takes so long that only its first {covered:.0%} were timed"
+            yield f"a trial takes so long that only its first {covered:.0%} was timed"
     if not all(report.on_cpu for report in reports):
         yield "times are wall times; each turn waits for the device at its end"
 

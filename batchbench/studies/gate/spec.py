@@ -144,9 +144,11 @@ _SECONDS = {"min": 20, "max": 1e9, "unit": "seconds"}
 
 _FLOOR_HELP = "A version is called slower if its loss is shown to exceed this percentage."
 _MARGIN_HELP = "Two versions are called the same if a loss above this percentage is ruled out."
-_CONFIDENCE_HELP = "Probability that equal versions are not called slower, over the whole command."
+_CONFIDENCE_HELP = (
+    "Probability that equal versions are not called slower, over all tests of a command."
+)
 _TIME_HELP = "Time limit in seconds, including the start of processes; at least 20."
-_ALLOW_HELP = "Pass if each count of a strategy that changed is better (fewer passes)."
+_ALLOW_HELP = "Let a strategy's counts change if every change is better (fewer passes)."
 
 
 @dataclass(frozen=True)
@@ -155,9 +157,10 @@ class CompareSpec:
 
     fail_if: tuple[str, ...] = setting(
         (),
-        "Also fail if this change is shown: a metric of the summary, of one strategy "
-        "(continuous.p99_ttft_ms) or of any, < or >, and a percentage: 'output_throughput < -5%'. "
-        "For speedup and efficiency it replaces --floor. Repeat it for more conditions.",
+        "Also fail if this change is shown, such as 'output_throughput < -5%': a metric of the "
+        "summary, < or >, and a percentage. It applies to every strategy unless the metric names "
+        "one (continuous.p99_ttft_ms). For speedup and efficiency it replaces --floor. Repeat it "
+        "for more conditions.",
         _PANEL,
         metavar="CONDITION",
     )
@@ -184,7 +187,7 @@ class CompareSpec:
     allow_environment_mismatch: bool = setting(
         False,
         "Gate speed-ups even if machine, software versions or execution differ. Absolute times are "
-        "not compared even then.",
+        "still not compared.",
         _PANEL,
     )
 
@@ -272,7 +275,7 @@ class BaselineSpec:
 
     processes: int = setting(
         12,
-        "Fresh processes to measure, at least 8. Each is one sample.",
+        "Number of fresh processes to measure, at least 8. Each is one sample.",
         "Measuring",
         min=8,
         max=1000,

@@ -219,7 +219,7 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
     speed, cache = card["bandwidth"], "size of the last-level cache unknown"
     threads = f", {plural(speed['threads'], 'thread')}" if speed["threads"] else ""
     if speed["cache_bytes"] is not None:
-        small = "" if speed["beyond_cache"] else " (too little)"
+        small = "" if speed["beyond_cache"] else " (too small)"
         cache = f"{speed['buffer_bytes'] / speed['cache_bytes']:.2g} × the last-level cache{small}"
     lines = [
         "What this machine allows",
@@ -234,14 +234,14 @@ def card_lines(card: Mapping[str, Any]) -> list[str]:
         rows = {
             "weights": f"{weights}, {read} of them read in each step",
             "KV": f"{token} KiB per token, {kept} of {plural(card['rows'], 'request')}",
-            "limit": f"{_ms(known['floor_ms'])} ms per decode step by memory: (weights + KV) / "
+            "limit": f"{_ms(known['floor_ms'])} ms per memory-bound decode step: (weights + KV) / "
             "bandwidth",
             "products": f"{_ms(known['products_ms'])} ms for the step's matrix products alone",
         }
         if known.get("launching_ms") is not None:  # not on a CPU, nor in an earlier version's file
             large, launch = number(known["arithmetic_ms"]), _ms(known["launching_ms"])
-            rows["compute"] = f"{large} ms for them at the rate of a large product"
-            rows["launch"] = f"{launch} ms for as many products with almost no work"
+            rows["compute"] = f"{large} ms for these products at the rate of a large one"
+            rows["launch"] = f"{launch} ms for as many products of almost no work"
         rate = f"{known['ceiling_tokens_per_s']:,.0f} tokens/s"
         rows["ceiling"] = f"{rate}, limited by {known['bound']}"
         lines += [f"  {dtype}", *(f"    {name:<8} {text}" for name, text in rows.items())]
@@ -261,11 +261,11 @@ def table(data: Data) -> Table:
     rounds, rungs = data["config"]["ladder"]["rounds"], data["rungs"]
     with_interval = ", with the 95 % interval" if rounds >= FEWEST_PAIRS else ""
     notes = [
-        "÷ notebook, ÷ generate_batch: times as fast, median over "
+        "÷ notebook, ÷ generate_batch: how many times as fast, median over "
         f"{plural(rounds, 'round')}{with_interval}",
         f"step: a decode step of {data['card']['rows']} rows",
-        "÷ products: its time over that of its matrix products alone",
-        "memory limit: 100 % reads weights and KV at full memory bandwidth",
+        "÷ products: time of a decode step ÷ time of its matrix products alone",
+        "memory limit: at 100 %, a step reads weights and KV at full memory bandwidth",
         "outside model: share of the time that is not the model's forward pass",
     ]
     if any(rung.get("servings", 1) > 1 for rung in rungs):

@@ -74,8 +74,8 @@ class LadderSpec:
     )
     rounds: int = setting(
         3,
-        "Number of times that each rung serves the workload; rungs alternate, and the order is "
-        "reversed after each round. Intervals need at least 3.",
+        "Number of rounds. In each, all rungs serve the workload in turn, and the next round "
+        "reverses their order. Intervals need at least 3.",
         "Measuring",
         min=1,
         max=1000,

@@ -121,10 +121,10 @@ def notes(breakeven: BreakEven) -> list[str]:
     if far := breakeven.extrapolated:
         worst = max(far, key=lambda cell: (len(cell.beyond), cell.batch_size, cell.spread))
         beyond = "; ".join(worst.beyond)
-        lines.append(f"Furthest beyond the measured steps is {worst.place}: {beyond}.")
+        lines.append(f"The cell furthest beyond the measured steps is {worst.place}: {beyond}.")
     if len(kinds := breakeven.machines) > 1:
         lines.append(
-            f"Suspect: step costs and measured cells are of {len(kinds)} kinds of machines "
+            f"Suspect: step costs and measured cells are from {len(kinds)} kinds of machines "
             f"({'; '.join(kinds)}), so predictions may be wrong for that reason."
         )
     return lines
@@ -179,7 +179,7 @@ def _measured_table(breakeven: BreakEven) -> Table:
             rows.append([*axes, METRICS[metric], spell(predicted), spell(real), words, same])
             axes = ["", "", ""]
     head = ["load", "slots", "spread", "metric", "predicted", "measured", "prediction", "same"]
-    name = "* also measured: how many times better continuous is"
+    name = "* measured cells: how many times better continuous is"
     return make_table(name, head, rows, left=4, framed=True)
 
 

@@ -299,7 +299,7 @@ def notes(swept: SweepResult, cells: Cells | None, not_drawn: Mapping[str, str])
     if len(swept.machines) > 1:
         lines.append(
             f"suspect: cells ran on {len(swept.machines)} kinds of machines "
-            f"({'; '.join(swept.machines)}), so compare strategies within a cell, not cells"
+            f"({'; '.join(swept.machines)}), so compare strategies within a cell, not across cells"
         )
     if swept.others:
         others = plural(swept.others, "cell")

@@ -57,20 +57,20 @@ class TrendSpec:
 
     metric: tuple[str, ...] = setting(
         METRICS,
-        "A metric of a result's summary, or speedup, efficiency, step_ratio; may be repeated. More "
-        "metrics make each test stricter.",
+        "Metric to test: any in a result's summary, or speedup, efficiency or step_ratio. Repeat "
+        "for several metrics; more metrics make each test stricter.",
         "History",
         metavar="NAME",
     )
     strategy: tuple[str, ...] = setting(
-        (), "Only this strategy; may be repeated.", "History", metavar="NAME", default_text="all"
+        (), "Strategy to test; repeat for several.", "History", metavar="NAME", default_text="all"
     )
     last: int = setting(
         200, "Use the newest N results of each series.", "History", min=2, max=10**6
     )
     floor: float = setting(
         2.0,
-        "Smallest change that counts, in percent; the change must also be significant.",
+        "Smallest change that counts, in percent; it must also be significant.",
         "History",
         min=0.0,
         max=90.0,
@@ -87,25 +87,28 @@ class TrendSpec:
     )
     fail_on_loss: bool = setting(
         False,
-        "Exit with 1 if the newest change of a series is a loss, or its newest results are worse "
-        "than its oldest.",
+        "Exit with code 1 if the newest change of a series is a loss, or its newest results are "
+        "worse than its oldest.",
         "Gate",
     )
     accept: str | None = setting(
         None,
-        "Accept all changes up to this commit (its first letters): they are shown but do not fail.",
+        "Commit (or its first characters) up to which changes are shown but do not fail.",
         "Gate",
         metavar="COMMIT",
         default_text="none",
     )
     strict: bool = setting(
-        False, "With --fail-on-loss, exit with 3 if there are too few results.", "Gate"
+        False, "With --fail-on-loss, exit with code 3 if there are too few results.", "Gate"
     )
     output: Path | None = setting(
         None, "Folder for trend.json and the pictures.", "Output", metavar="DIR"
     )
     markdown: Path | None = setting(
-        None, "File for a table for a pull request; - is standard output.", "Output", metavar="FILE"
+        None,
+        "Write the report as Markdown, for a pull request; - is standard output.",
+        "Output",
+        metavar="FILE",
     )
     json: bool = setting(False, "Print only trend.json.", "Output")
     quiet: bool = setting(False, "Print only a one-line summary.", "Output")

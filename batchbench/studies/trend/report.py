@@ -137,7 +137,7 @@ def notes(trend: Trend) -> Sequence[str]:
     spec = trend.spec
     lines = [
         f"A change must be significant and exceed {spec.floor:g} %: at most "
-        f"{100 * (1 - spec.confidence):.2g} % of histories without a change show any",
+        f"{100 * (1 - spec.confidence):.2g} % of histories without a change show one",
         "none ≥ 2.0%: no change was found, and one of 2.0 % in the middle of the history would "
         "probably have been found",
         "Drift: newest quarter of the results against the oldest; ! marks a drift that counts",
