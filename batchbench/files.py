@@ -324,7 +324,7 @@ def open_binary(file: Path, where: str) -> BinaryIO:
             os.read(handle, 1)
             content.close()
             raise UsageError(f"{where}: is a pipe that no process writes to; give a file")
-    if _AT_ONCE:
+    if hasattr(os, "set_blocking"):  # Windows opens a file as it is asked
         os.set_blocking(handle, True)
     return content
 
