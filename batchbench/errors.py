@@ -1,7 +1,7 @@
 """The errors that batchbench raises, and their exit codes.
 
     BatchbenchError            70   a bug, as is any other exception
-    ├── UsageError              2   a wrong option or file, or a batch too large for the memory
+    ├── UsageError              2   an invalid option or file, or a batch that is too large
     │   └── OutputError         2   standard output cannot be written
     ├── IncompleteError         1   machines were lost, so a part of the work is missing
     ├── ClosedPipe            141   the reader of standard output has gone

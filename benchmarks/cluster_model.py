@@ -7,9 +7,9 @@ out cells and keeps results, which takes it a fixed time a cell (``overhead_ms_p
 ``benchmarks/results/clusters/speed.json``). Durations of cells are log-normal, since a grid has
 small and large batches; devices fail at random, and a failure costs the cell that was being served.
 
-The clients are reckoned from the processor time that a request and an output token cost a client. A
-request is measured here, against a server process on this machine; a token that arrives alone is
-that of ``benchmarks/results/stamps.json``.
+The clients are estimated from the processor time that a request and an output token cost a client.
+The time of a request is measured here, against a server process on this machine. The time of a
+token that arrives in a chunk of its own is taken from ``benchmarks/results/stamps.json``.
 """
 
 from __future__ import annotations

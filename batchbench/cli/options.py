@@ -331,10 +331,11 @@ def _swept_parameters(spec: type, field: dataclasses.Field[Any]) -> Iterator[ins
     """Yield the option for many values of a setting; for a flag also its opposite."""
     yield _parameter(spec, field, field.default, swept=True)
     if settings.hints_of(spec)[field.name] is bool:
+        name = settings.option_name(field.name)
         option = typer.Option(
             False,
             settings.option_name(f"no_{field.name}"),
-            help=f"Run without {settings.option_name(field.name)}; give both to run both ways.",
+            help=f"Turn {name} off; give both to run with and without it.",
             rich_help_panel=settings.about(field).panel,
             show_default=False,
         )
