@@ -50,8 +50,8 @@ def index(*names: Any) -> Change:
 DEEP = "[" * 100_000 + "]" * 100_000
 
 SPOILED: Mapping[str, tuple[Change, str]] = {
-    "index above": (index("../outside.safetensors"), "nothing outside the folder is read"),
-    "index absolute": (index("/etc/passwd"), "nothing outside the folder is read"),
+    "index above": (index("../outside.safetensors"), "nothing outside it is read"),
+    "index absolute": (index("/etc/passwd"), "nothing outside it is read"),
     "index of no text": (index(5), "has no weight_map"),
     "index of a missing file": (index("other.safetensors"), "lacks other.safetensors"),
     "n_embd of a billion": (settings(n_embd=10**9), "--model"),

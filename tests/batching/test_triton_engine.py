@@ -245,11 +245,11 @@ def skipping(*kernels: str) -> Any:
 
 
 SAID = {
-    "decode_attention": "other attention",
-    "tile_attention": "other attention",
-    "add_norm": "other norms",
-    "best_of_all": "other tokens",
-    "swiglu": "other SwiGLU",
+    "decode_attention": "attention of Triton and of torch differ",
+    "tile_attention": "attention of Triton and of torch differ",
+    "add_norm": "norms of Triton and of torch differ",
+    "best_of_all": "tokens of Triton and of torch differ",
+    "swiglu": "SwiGLU of Triton and of torch differ",
 }
 
 

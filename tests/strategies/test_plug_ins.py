@@ -79,7 +79,7 @@ def ask(checkpoint: Path, strategy: str, **options: object) -> Experiment:
 def test_a_plug_in_is_imported_only_when_it_is_named(install: Install) -> None:
     name = install("raise SystemExit('imported')")
     assert find(name).package == f"{name} 1.2"
-    assert any(line.split() == [name, "of", "the", "package", name, "1.2"] for line in listing())
+    assert any(line.split() == [name, "from", "the", "package", name, "1.2"] for line in listing())
     assert name not in sys.modules
     Experiment.of({"strategy": f"static,{name}"})
     assert name not in sys.modules

@@ -29,7 +29,7 @@ _ABOUT: Mapping[str, str] = {
     "static": "batches of the waiting requests",
     "static-fixed": "static, and each batch waits until it is full",
     "static-bucketed": "static, sorted by prompt length",
-    "static-oracle": "static, sorted by output length, if it could be known",
+    "static-oracle": "static, sorted by output length as if known: the best case",
     "continuous": "a finished request is replaced at the next step",
     "generate_batch": "transformers' own continuous batching",
     "vllm": "vLLM's own continuous batching, in this process",
